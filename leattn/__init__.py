@@ -1,0 +1,80 @@
+"""leattn: a prompt is a graph of text chunks, and an edge is what lets one chunk attend to another.
+
+>>> import leattn
+>>> from leattn import ICLNode
+>>> x = ICLNode("example1.", id="X")
+>>> print(leattn.ICLGraph(ICLNode("What does the fox say?", parents=[x], id="Q")))
+└── Q
+    └── X
+
+Importing leattn loads neither transformers nor matplotlib and patches nothing: names are loaded when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "errors": ["LeattnError", "GraphError", "CompileError", "BackendError", "LeattnWarning"],
+    "dag.node": ["ICLNode", "bos"],
+    "dag.graph": ["ICLGraph"],
+    "dag.builders": ["chain", "parallel", "causal"],
+    "dag.segments": ["from_segments"],
+    "dag.chat": ["from_chat"],
+    "dag.paraphrase": ["paraphrase_group", "paraphrase_segments"],
+    "compile": ["CompiledPrompt", "compile_prompt"],
+    "backends.attend": ["attend", "forward"],
+    "backends.check": ["check_model"],
+    "generation.generate": ["generate"],
+    "generation.result": ["Generation"],
+    "legacy": [
+        "upstream_nodes",
+        "print_dag",
+        "build_attention_matrix",
+        "prepare_inputs",
+        "visualize_attention_matrix",
+        "generate_flex_attention_mask_mod",
+    ],
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+_MODULES = ("tiny", "viz")
+
+__all__ = sorted([*_HOME, *_MODULES])
+
+if TYPE_CHECKING:
+    from leattn import tiny, viz
+    from leattn.backends.attend import attend, forward
+    from leattn.backends.check import check_model
+    from leattn.compile import CompiledPrompt, compile_prompt
+    from leattn.dag.builders import causal, chain, parallel
+    from leattn.dag.chat import from_chat
+    from leattn.dag.graph import ICLGraph
+    from leattn.dag.node import ICLNode, bos
+    from leattn.dag.paraphrase import paraphrase_group, paraphrase_segments
+    from leattn.dag.segments import from_segments
+    from leattn.errors import BackendError, CompileError, GraphError, LeattnError, LeattnWarning
+    from leattn.generation.generate import generate
+    from leattn.generation.result import Generation
+    from leattn.legacy import (
+        build_attention_matrix,
+        generate_flex_attention_mask_mod,
+        prepare_inputs,
+        print_dag,
+        upstream_nodes,
+        visualize_attention_matrix,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"leattn.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"leattn.{name}")
+    raise AttributeError(f"leattn {__version__} has no {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return __all__

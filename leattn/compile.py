@@ -1,0 +1,275 @@
+"""A graph and a tokenizer become one frozen prompt: ids, positions, spans and the visible relation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn.attention.flex_attention import BlockMask
+
+from leattn import masks
+from leattn.dag.graph import ICLGraph
+from leattn.dag.node import ICLNode, tokenize_all
+from leattn.errors import GraphError, LeattnError
+from leattn.positions import Positions, start_positions
+from leattn.text import prompt_html, prompt_text
+from leattn.visible import Visibility, Visible, visible_relation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CompiledPrompt:
+    """One prompt, ready to run. S tokens, N nodes.
+
+    Attributes
+    ----------
+    graph : ICLGraph
+        What was compiled. Its node order is the layout.
+    tokenizer
+        As given; None if every node holds token ids.
+    input_ids, position_ids : LongTensor
+        ``[1, S]`` each. Positions need not grow along the layout: parallel siblings share them.
+    offsets : tuple of int
+        Node i of the layout holds the tokens ``offsets[i]`` to ``offsets[i + 1]``; N + 1 entries.
+    visible : Visible
+        Which nodes each node sees. Everything that attends is derived from it.
+
+    Examples
+    --------
+    >>> a = ICLNode([5, 6], id="a")
+    >>> b = ICLNode([7], parents=[a], id="b")
+    >>> prompt = compile_prompt(b)
+    >>> prompt.spans[b], prompt["b"].positions.tolist()
+    ((2, 3), [2])
+    >>> prompt.dense_mask().int().tolist()
+    [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    """
+
+    graph: ICLGraph
+    tokenizer: PreTrainedTokenizerBase | None
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    offsets: tuple[int, ...]
+    visible: Visible
+
+    def __len__(self) -> int:
+        return self.offsets[-1]
+
+    @cached_property
+    def spans(self) -> dict[ICLNode, tuple[int, int]]:
+        """Node → ``(start, end)`` in tokens, end exclusive."""
+        return dict(zip(self.graph.nodes, zip(self.offsets, self.offsets[1:], strict=False), strict=True))
+
+    @cached_property
+    def node_index(self) -> torch.Tensor:
+        """The layout index of each token's node, ``[S]`` int64."""
+        lengths = torch.tensor(self.offsets).diff()
+        return torch.repeat_interleave(torch.arange(len(self.graph)), lengths).to(self.input_ids.device)
+
+    @cached_property
+    def pairs(self) -> int:
+        """How many (query token, key token) pairs attend."""
+        bounds = np.asarray(self.offsets)
+        lengths = np.diff(bounds)
+        node, start, stop = self.visible.flat()
+        return int((lengths * (lengths + 1) // 2).sum() + (lengths[node] * (bounds[stop] - bounds[start])).sum())
+
+    @property
+    def density(self) -> float:
+        """Attending pairs over the pairs of a plain causal prompt of the same length: 1.0 if everyone sees everything."""
+        return self.pairs / (len(self) * (len(self) + 1) // 2)
+
+    def dense_mask(self) -> torch.Tensor:
+        """Boolean ``[S, S]``, rows are queries. The only thing here, with :meth:`additive_mask`, that takes S × S memory."""
+        return masks.dense_mask(self.visible, self.offsets).to(self.input_ids.device)
+
+    def additive_mask(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """``[1, 1, S, S]``: 0 where a token may attend and the smallest number of ``dtype`` elsewhere."""
+        return masks.additive(self.dense_mask(), dtype)[None, None]
+
+    @cached_property
+    def mask_table(self) -> masks.MaskTable:
+        """The visible relation on token level, continuation included, as tensors on the prompt's device."""
+        table = masks.MaskTable.build([self.visible], [self.offsets], [self.position_ids[0].cpu()])
+        return table.to(self.input_ids.device)
+
+    @property
+    def mask_mod(self) -> masks.MaskMod:
+        """The mask as a function ``(b, h, q_idx, kv_idx)`` for flex_attention; the same for every row and head."""
+        mask_mod = self.mask_table.mask_mod()
+
+        def dag_mask(b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
+            return mask_mod(b * 0, h, q_idx, kv_idx)
+
+        return dag_mask
+
+    def block_mask(self, block_size: int = 128, device: torch.device | str | None = None) -> BlockMask:
+        """The ``BlockMask`` of flex_attention, ``[1, 1, S, S]`` in blocks, straight from node spans."""
+        size = len(self)
+        prompt = self if device is None else self.to(device)
+        counts = masks.block_counts(self.visible, self.offsets, range(size), size, block_size)
+        on_device = torch.from_numpy(counts)[None].to(prompt.input_ids.device)
+        return masks.block_mask_from_counts(on_device, (size, size), block_size, prompt.mask_mod)
+
+    def inputs(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Keyword arguments for ``model(**prompt.inputs(model))``: ids, positions and the mask.
+
+        The mask has the form that the model's current implementation needs: additive for eager, boolean for sdpa, a
+        ``BlockMask`` for flex_attention, and a dict with one of them per layer type for a model that mixes full and
+        sliding-window layers. :func:`leattn.attend` needs none of this; it is for loops of one's own.
+
+        Raises
+        ------
+        BackendError
+            The model, or its implementation, cannot follow a graph.
+        """
+        # The one import of a higher layer: the method belongs to the prompt, its knowledge to the backends.
+        from leattn.backends.inputs import model_inputs
+
+        return model_inputs(model, self)
+
+    def to(self, device: torch.device | str) -> CompiledPrompt:
+        """A copy with its tensors on ``device``."""
+        if self.input_ids.device == torch.device(device):
+            return self
+        return replace(self, input_ids=self.input_ids.to(device), position_ids=self.position_ids.to(device))
+
+    def without_edge(self, node: ICLNode | str, seen: ICLNode | str) -> CompiledPrompt:
+        """A copy in which ``node`` no longer sees ``seen``; layout, tokens and positions stay.
+
+        Raises
+        ------
+        GraphError
+            ``node`` does not see ``seen`` in the first place.
+        """
+        row, column = self.graph.index[self.graph[node]], self.graph.index[self.graph[seen]]
+        if not self.visible.sees(row, column):
+            raise GraphError(
+                f"{self.graph.name(node)!r} does not see {self.graph.name(seen)!r}, so there is no such edge to remove"
+            )
+        return replace(self, visible=self.visible.without_edge(row, column))
+
+    def without_node(self, node: ICLNode | str) -> CompiledPrompt:
+        """A copy in which nobody else sees ``node``; it stays in the layout, with its tokens and positions."""
+        return replace(self, visible=self.visible.without_node(self.graph.index[self.graph[node]]))
+
+    def __getitem__(self, key: ICLNode | str) -> NodeView:
+        node = self.graph[key]
+        return NodeView(self, node, self.spans[node])
+
+    def sees(self, node: ICLNode | str) -> tuple[ICLNode, ...]:
+        """The nodes that ``node`` sees in this prompt, in layout order, itself not included."""
+        return tuple(self.graph.nodes[i] for i in self.visible.nodes_seen(self.graph.index[self.graph[node]]))
+
+    def decode(self, ids: torch.Tensor) -> str:
+        """The text of some token ids; the ids themselves in brackets if the prompt has no tokenizer."""
+        if self.tokenizer is None:
+            return str(ids.tolist())
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def __str__(self) -> str:
+        return prompt_text(self)
+
+    def __repr__(self) -> str:
+        return f"CompiledPrompt({len(self.graph)} nodes, {len(self)} tokens, density {self.density:.2f})"
+
+    def _repr_html_(self) -> str:
+        return prompt_html(self)
+
+
+@dataclass(frozen=True, eq=False)
+class NodeView:
+    """What one node became: ``prompt[node_or_id]``."""
+
+    prompt: CompiledPrompt
+    node: ICLNode
+    span: tuple[int, int]
+
+    @property
+    def input_ids(self) -> torch.Tensor:
+        """Token ids, ``[n]``."""
+        return self.prompt.input_ids[0, slice(*self.span)]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Position ids, ``[n]``."""
+        return self.prompt.position_ids[0, slice(*self.span)]
+
+    @property
+    def text(self) -> str:
+        """The tokens decoded."""
+        return self.prompt.decode(self.input_ids)
+
+
+def compile_prompt(
+    target: ICLNode | Iterable[ICLNode] | ICLGraph,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    positions: Positions = "after_parents",
+    visibility: Visibility = "parents",
+) -> CompiledPrompt:
+    """Lay out a graph in topological order, tokenize it and fix who sees whom.
+
+    Parameters
+    ----------
+    target
+        A node, several nodes (one graph) or a graph.
+    tokenizer
+        Needed if any node holds text.
+    positions
+        ``"after_parents"``: a node starts at the furthest end among the nodes it sees. ``"sequential"``: the index in the
+        layout. ``"restart"``: every node at 0. Or a callable ``(graph, {node: tokens}) → starts``. Pins on nodes win.
+    visibility
+        ``"parents"``: a token sees its node up to itself and all of the direct parents. ``"ancestors"``: all of all
+        ancestors.
+
+    Raises
+    ------
+    CompileError
+        A node without tokens, a negative position.
+    LeattnError
+        An unknown option.
+
+    Examples
+    --------
+    >>> doc = ICLNode([1, 2, 3], id="doc")
+    >>> print(compile_prompt(ICLNode([4], parents=[doc], id="Q")))
+    2 nodes, 4 tokens, density 1.00
+      0  doc  tokens 0:3  positions 0:3  ■⬚
+      1  Q    tokens 3:4  positions 3:4  ■■
+    """
+    graph = as_graph(target)
+    ids = tokenize_all(graph.nodes, tokenizer)
+    lengths = [len(node_ids) for node_ids in ids]
+    visible = visible_relation(graph, visibility)
+    starts = start_positions(graph, lengths, visible, positions)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    position_ids = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+    flat = np.fromiter((token for node_ids in ids for token in node_ids), np.int64, int(offsets[-1]))
+    return CompiledPrompt(
+        graph=graph,
+        tokenizer=tokenizer,
+        input_ids=torch.from_numpy(flat)[None],
+        position_ids=torch.from_numpy(position_ids)[None],
+        offsets=tuple(offsets.tolist()),
+        visible=visible,
+    )
+
+
+def as_graph(target: ICLNode | Iterable[ICLNode] | ICLGraph) -> ICLGraph:
+    """A graph as it is, a node or several nodes with their ancestors."""
+    if isinstance(target, ICLGraph):
+        return target
+    if isinstance(target, ICLNode):
+        return ICLGraph(target)
+    if isinstance(target, CompiledPrompt):
+        raise LeattnError("this prompt is compiled already; use it as it is, or compile its .graph again")
+    if isinstance(target, str) or not isinstance(target, Iterable):
+        raise LeattnError(f"a prompt is compiled from an ICLNode, several of them or an ICLGraph, not from {target!r}")
+    return ICLGraph(*target)

@@ -1,0 +1,1 @@
+"""The language: nodes, graphs and their builders. Knows no model and imports no transformers."""

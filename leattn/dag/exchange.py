@@ -1,0 +1,161 @@
+"""Graphs as plain data: dict, YAML and JSON files, networkx."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import os
+import tempfile
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leattn.dag.node import ICLNode
+from leattn.errors import GraphError
+
+if TYPE_CHECKING:
+    import networkx
+
+OPTIONAL = ("start_pos_id", "end_pos_id", "special_tokens")
+FIELDS = ("id", "content", "parents", *OPTIONAL)
+
+
+def _fields(node: ICLNode) -> dict[str, Any]:
+    fields: dict[str, Any] = {"content": node.content if isinstance(node.content, str) else list(node.content)}
+    if node.start_pos_id is not None:
+        fields["start_pos_id"] = node.start_pos_id
+    if node.end_pos_id is not None:
+        fields["end_pos_id"] = node.end_pos_id
+    if node.special_tokens != "parse":
+        fields["special_tokens"] = node.special_tokens
+    return fields
+
+
+def to_dict(nodes: Sequence[ICLNode], names: Mapping[ICLNode, str]) -> dict[str, Any]:
+    return {
+        "nodes": [{"id": names[node], "parents": [names[parent] for parent in node.parents], **_fields(node)} for node in nodes]
+    }
+
+
+def from_dict(data: Mapping[str, Any]) -> list[ICLNode]:
+    if not isinstance(data, Mapping) or not isinstance(data.get("nodes"), Sequence) or isinstance(data["nodes"], str):
+        raise GraphError("a prompt is a mapping with a list 'nodes', each with 'content' and optionally 'id' and 'parents'")
+    if set(data) - {"nodes"}:
+        raise GraphError(f"unknown field {sorted(set(data) - {'nodes'})[0]!r} beside 'nodes'")
+    records: dict[Hashable, dict[str, Any]] = {}
+    parents: dict[Hashable, list[Hashable]] = {}
+    for number, record in enumerate(data["nodes"]):
+        if not isinstance(record, Mapping) or "content" not in record:
+            raise GraphError(f"node number {number} has no 'content': {record!r}")
+        unknown = sorted(set(record) - set(FIELDS))
+        if unknown:
+            raise GraphError(f"node number {number} has an unknown field {unknown[0]!r}; known are {', '.join(FIELDS)}")
+        key = record.get("id")
+        key = ("unnamed", number) if key is None else str(key)
+        if key in records:
+            raise GraphError(f"id {key!r} is given to two nodes; ids are unique")
+        records[key] = dict(record)
+        given = record.get("parents") or []
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise GraphError(f"'parents' of node {key!r} is a list of ids, not {given!r}")
+        parents[key] = [str(parent) for parent in given]
+    return _build(records, parents)
+
+
+def to_networkx(nodes: Sequence[ICLNode], names: Mapping[ICLNode, str]) -> networkx.DiGraph[str]:
+    import networkx
+
+    graph: networkx.DiGraph[str] = networkx.DiGraph()
+    for node in nodes:
+        graph.add_node(names[node], **_fields(node))
+    graph.add_edges_from((names[parent], names[node]) for node in nodes for parent in node.parents)
+    return graph
+
+
+def from_networkx(graph: networkx.DiGraph[Any]) -> list[ICLNode]:
+    if not graph.is_directed() or graph.is_multigraph():
+        raise GraphError(f"a prompt is a networkx.DiGraph, not a {type(graph).__name__}; an edge (a, b) makes b see a")
+    records: dict[Hashable, dict[str, Any]] = {}
+    for key, attributes in graph.nodes(data=True):
+        if "content" not in attributes:
+            raise GraphError(f"node {key!r} of the networkx graph has no attribute 'content'")
+        records[key] = {"id": str(key), **{name: attributes[name] for name in ("content", *OPTIONAL) if name in attributes}}
+    return _build(records, {key: list(graph.predecessors(key)) for key in records})
+
+
+def _build(records: Mapping[Hashable, Mapping[str, Any]], parents: Mapping[Hashable, Sequence[Hashable]]) -> list[ICLNode]:
+    """Make the nodes in topological order; every tie goes to the record that comes first."""
+    built: dict[Hashable, ICLNode] = {}
+    for key in _topological(records, parents):
+        record = records[key]
+        options = {name: record[name] for name in OPTIONAL if record.get(name) is not None}
+        name = None if record.get("id") is None else str(record["id"])
+        built[key] = ICLNode(record["content"], [built[parent] for parent in parents[key]], name, **options)
+    return list(built.values())
+
+
+def _topological(keys: Iterable[Hashable], parents: Mapping[Hashable, Sequence[Hashable]]) -> list[Hashable]:
+    rank = {key: i for i, key in enumerate(keys)}
+    by_rank = list(rank)
+    children: dict[Hashable, list[Hashable]] = {key: [] for key in rank}
+    for key in rank:
+        for parent in parents[key]:
+            if parent not in rank:
+                raise GraphError(f"node {key!r} names the parent {parent!r}, which is not in the graph")
+            children[parent].append(key)
+    missing = {key: len(parents[key]) for key in rank}
+    ready = [rank[key] for key in rank if not missing[key]]
+    order: list[Hashable] = []
+    while ready:
+        key = by_rank[heapq.heappop(ready)]
+        order.append(key)
+        for child in children[key]:
+            missing[child] -= 1
+            if not missing[child]:
+                heapq.heappush(ready, rank[child])
+    if len(order) < len(rank):
+        raise GraphError("the graph has a cycle: " + " → ".join(str(key) for key in _cycle(set(rank) - set(order), parents)))
+    return order
+
+
+def _cycle(stuck: set[Hashable], parents: Mapping[Hashable, Sequence[Hashable]]) -> list[Hashable]:
+    """A cycle among nodes that all wait for one another, along the direction in which information would flow."""
+    key = min(stuck, key=str)
+    path: list[Hashable] = []
+    while key not in path:
+        path.append(key)
+        key = next(parent for parent in parents[key] if parent in stuck)
+    return [key, *reversed(path[path.index(key) :])]
+
+
+def write(data: Mapping[str, Any], path: str | Path) -> None:
+    path = Path(path)
+    if path.suffix == ".json":
+        text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    else:
+        import yaml
+
+        text = yaml.safe_dump(data, allow_unicode=True, sort_keys=False)
+    # A rename replaces the old file whole: an interrupted write leaves it as it was.
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read(path: str | Path) -> list[ICLNode]:
+    import yaml
+
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        # JSON first: every JSON file is YAML in theory, but not to every YAML parser (tabs, long keys).
+        data = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
+        return from_dict(data)
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        raise GraphError(f"{path} is not a prompt file: {error}") from error
+    except GraphError as error:
+        raise GraphError(f"{path}: {error}") from error

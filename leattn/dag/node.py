@@ -1,0 +1,249 @@
+"""One chunk of a prompt and the chunks it sees."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+
+from leattn.errors import CompileError, GraphError, LeattnError, choices
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_created = itertools.count()
+
+
+class Prefix(Sequence["ICLNode"]):
+    """The first ``length`` nodes of a list that only ever grows: parents in constant memory.
+
+    A causal prompt of N nodes has N²/2 edges. Sharing one list keeps building and compiling it linear in N.
+    """
+
+    __slots__ = ("base", "length")
+
+    def __init__(self, base: list[ICLNode], length: int) -> None:
+        self.base = base
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    @overload
+    def __getitem__(self, index: int) -> ICLNode: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[ICLNode]: ...
+    def __getitem__(self, index: int | slice) -> ICLNode | Sequence[ICLNode]:
+        picked = range(self.length)[index]
+        if isinstance(picked, range):
+            return tuple(self.base[i] for i in picked)
+        return self.base[picked]
+
+
+@dataclass(frozen=True, eq=False, repr=False, init=False)
+class ICLNode:
+    """A chunk of text, or of token ids, and the chunks that its tokens may attend to.
+
+    Parameters
+    ----------
+    content
+        Text, tokenized by itself with nothing added, or token ids (a sequence or a 1-D tensor).
+    parents
+        The nodes this one sees. They exist already, so no cycle can be built.
+    id
+        The name in graphs, pictures and results. Without one a graph names the node after its first ten characters.
+    start_pos_id, end_pos_id
+        Pin the position of the first token, or one past the last; at most one of the two.
+    special_tokens
+        ``"parse"``: strings such as ``<|eot_id|>`` in the text become control tokens. ``"text"``: they stay text, which is
+        what retrieved documents want.
+
+    Raises
+    ------
+    GraphError
+        A parent that is not a node, or is given twice.
+    CompileError
+        Both pins, a negative pin, or no content.
+
+    Examples
+    --------
+    >>> a = ICLNode("The sky is blue.", id="a")
+    >>> b = ICLNode("What colour is the sky?", parents=[a], id="b")
+    >>> b.parents[0] is a
+    True
+
+    Notes
+    -----
+    Nodes compare by identity: two demonstrations with the same text are two nodes. A tokenizer that puts a space before
+    every text (SentencePiece) does so for every node; give token ids where that matters.
+    """
+
+    content: str | tuple[int, ...]
+    parents: Sequence[ICLNode]
+    id: str | None
+    start_pos_id: int | None
+    end_pos_id: int | None
+    special_tokens: Literal["parse", "text"]
+    created: int
+
+    def __init__(
+        self,
+        content: str | Iterable[int] | torch.Tensor,
+        parents: Iterable[ICLNode] | None = (),
+        id: str | None = None,
+        *,
+        start_pos_id: int | None = None,
+        end_pos_id: int | None = None,
+        special_tokens: Literal["parse", "text"] = "parse",
+    ) -> None:
+        put = object.__setattr__
+        put(self, "content", content if isinstance(content, str) else _as_ids(content))
+        put(self, "parents", _as_parents(parents))
+        put(self, "id", id)
+        put(self, "start_pos_id", start_pos_id)
+        put(self, "end_pos_id", end_pos_id)
+        put(self, "special_tokens", special_tokens)
+        put(self, "created", next(_created))
+        self._check()
+
+    def _check(self) -> None:
+        if self.id is not None and not isinstance(self.id, str):
+            raise GraphError(f"the id of a node is a string, not {self.id!r}")
+        if self.id == "":
+            raise GraphError("the id of a node is empty; leave it out to let the graph name the node")
+        if not self.content:
+            raise CompileError(f"node {self} has no content; give it text or token ids, or remove it")
+        if self.special_tokens not in ("parse", "text"):
+            raise LeattnError(choices("special_tokens", self.special_tokens, ("parse", "text")))
+        if self.start_pos_id is not None and self.end_pos_id is not None:
+            raise CompileError(
+                f"node {self} has both start_pos_id={self.start_pos_id} and end_pos_id={self.end_pos_id}; give one of them"
+            )
+        for name in ("start_pos_id", "end_pos_id"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise CompileError(f"node {self} has {name}={value!r}; give a whole number")
+            if value is not None and value < 0:
+                raise CompileError(f"node {self} has {name}={value}; positions start at 0")
+
+    @property
+    def default_name(self) -> str:
+        """What a graph calls this node if it has no id: the first ten characters of its content."""
+        if isinstance(self.content, str):
+            return self.content[:10]
+        return ("ids " + " ".join(map(str, self.content)))[:10].rstrip()
+
+    def tokenize(self, tokenizer: PreTrainedTokenizerBase | None = None) -> torch.Tensor:
+        """Token ids of this node alone, ``[n]`` int64, nothing added in front or behind.
+
+        ``tokenizer`` may be left out if the content is token ids already.
+        """
+        return torch.tensor(tokenize_all([self], tokenizer)[0], dtype=torch.long)
+
+    def __str__(self) -> str:
+        return repr(self.id if self.id is not None else self.default_name)
+
+    def __repr__(self) -> str:
+        content = self.content if isinstance(self.content, str) else list(self.content)
+        shown = repr(content)
+        shown = shown if len(shown) <= 40 else shown[:37] + "..."
+        parents = ", ".join(str(parent) for parent in self.parents[:4]) + (", ..." if len(self.parents) > 4 else "")
+        return f"ICLNode({shown}, parents=[{parents}], id={self.id!r})"
+
+
+def _as_ids(content: Any) -> tuple[int, ...]:
+    if isinstance(content, torch.Tensor):
+        if content.dim() != 1 or content.is_floating_point() or content.dtype == torch.bool:
+            raise CompileError(
+                f"token ids are a 1-D integer tensor, not {content.dtype} of shape {list(content.shape)}; "
+                "take one row of a batch, e.g. input_ids[0]"
+            )
+        content = content.tolist()
+    try:
+        ids = tuple(int(token) for token in content)
+    except (TypeError, ValueError):
+        raise CompileError(f"the content of a node is text or token ids, not {content!r}") from None
+    if any(token < 0 for token in ids):
+        raise CompileError(f"token ids are not negative, but {min(ids)} is among them")
+    return ids
+
+
+def _as_parents(parents: Iterable[ICLNode] | None) -> Sequence[ICLNode]:
+    if isinstance(parents, Prefix):
+        return parents
+    if isinstance(parents, ICLNode):
+        raise GraphError(f"parents is a list of nodes; write parents=[{parents}]")
+    nodes = tuple(parents or ())
+    for parent in nodes:
+        if not isinstance(parent, ICLNode):
+            raise GraphError(f"a parent is an ICLNode that exists already, not {parent!r}")
+    if len(set(map(id, nodes))) != len(nodes):
+        twice = next(parent for i, parent in enumerate(nodes) if any(parent is other for other in nodes[:i]))
+        raise GraphError(f"parent {twice} is given twice; an edge exists or it does not")
+    return nodes
+
+
+def tokenize_all(nodes: Sequence[ICLNode], tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
+    """Token ids of every node, each tokenized by itself, in one call per treatment of special tokens.
+
+    Raises
+    ------
+    CompileError
+        A node that tokenizes to nothing, or text without a tokenizer.
+    """
+    result: list[list[int]] = [[] if isinstance(node.content, str) else list(node.content) for node in nodes]
+    for treatment in ("parse", "text"):
+        picked = [i for i, node in enumerate(nodes) if isinstance(node.content, str) and node.special_tokens == treatment]
+        if not picked:
+            continue
+        if tokenizer is None:
+            raise CompileError(f"node {nodes[picked[0]]} holds text; give a tokenizer, or token ids as content")
+        encoded = tokenizer(
+            [str(nodes[i].content) for i in picked],
+            add_special_tokens=False,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            split_special_tokens=treatment == "text",
+            verbose=False,
+        )
+        for i, ids in zip(picked, encoded["input_ids"], strict=True):
+            result[i] = list(ids)
+    for node, ids in zip(nodes, result, strict=True):
+        if not ids:
+            raise CompileError(f"node {node} tokenizes to 0 tokens; give it text or remove it")
+    return result
+
+
+def bos(tokenizer: PreTrainedTokenizerBase) -> ICLNode:
+    """The begin-of-sequence node of a tokenizer: one token, no parents.
+
+    No other node gets a BOS token, so a prompt that wants one names it.
+
+    Raises
+    ------
+    CompileError
+        The tokenizer has no BOS token (Qwen, for one): such prompts start without it.
+    """
+    if tokenizer.bos_token_id is None:
+        raise CompileError(
+            f"{type(tokenizer).__name__} has no BOS token; models that come with it start without one, so leave the node out"
+        )
+    return _BosNode([tokenizer.bos_token_id], token=str(tokenizer.bos_token))
+
+
+class _BosNode(ICLNode):
+    """A node of one token id that graphs call by the token's own text."""
+
+    token: str
+
+    def __init__(self, content: Iterable[int], *, token: str) -> None:
+        object.__setattr__(self, "token", token)
+        super().__init__(content)
+
+    @property
+    def default_name(self) -> str:
+        return self.token

@@ -1,0 +1,149 @@
+"""Who sees whom, as runs of layout intervals: a node that sees everything before it costs one interval, not N edges."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from leattn.dag.graph import ICLGraph
+from leattn.dag.node import ICLNode, Prefix
+from leattn.errors import LeattnError, choices
+
+Visibility: TypeAlias = Literal["parents", "ancestors"]
+Run: TypeAlias = tuple[int, int]
+"""A half-open interval of indices into the layout."""
+
+
+@dataclass(frozen=True)
+class Visible:
+    """For every node of a layout, the nodes it sees, itself not included.
+
+    ``runs[i]`` is sorted and disjoint, and no two of its runs touch. Everything later (masks, plans, hashes, pictures) is
+    derived from it.
+    """
+
+    runs: tuple[tuple[Run, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    def sees(self, node: int, other: int) -> bool:
+        """Whether the node at index ``node`` sees the one at ``other``."""
+        return _covers(self.runs[node], other)
+
+    def nodes_seen(self, node: int) -> list[int]:
+        """Layout indices that ``node`` sees, ascending."""
+        return [i for start, stop in self.runs[node] for i in range(start, stop)]
+
+    def without_edge(self, node: int, other: int) -> Visible:
+        """A copy in which ``node`` no longer sees ``other``."""
+        return Visible((*self.runs[:node], _remove(self.runs[node], other), *self.runs[node + 1 :]))
+
+    def without_node(self, other: int) -> Visible:
+        """A copy in which nobody sees ``other``."""
+        return Visible(tuple(_remove(runs, other) for runs in self.runs))
+
+    def continued(self) -> Visible:
+        """With one more node at the end: it sees the last one and what the last one sees."""
+        last = len(self.runs) - 1
+        return Visible((*self.runs, merge([*self.runs[last], (last, last + 1)])))
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether every node sees everything before it."""
+        return all(runs == (((0, i),) if i else ()) for i, runs in enumerate(self.runs))
+
+    def flat(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """All runs as arrays ``(node, start, stop)``, each ``[R]``."""
+        counts = np.fromiter((len(runs) for runs in self.runs), np.int64, len(self.runs))
+        bounds = np.array([bound for runs in self.runs for run in runs for bound in run], dtype=np.int64).reshape(-1, 2)
+        return np.repeat(np.arange(len(self.runs)), counts), bounds[:, 0], bounds[:, 1]
+
+
+def merge(runs: Sequence[Run]) -> tuple[Run, ...]:
+    """Sorted, disjoint runs that cover the same indices.
+
+    Examples
+    --------
+    >>> merge([(4, 6), (0, 2), (2, 3), (5, 7)])
+    ((0, 3), (4, 7))
+    """
+    merged: list[Run] = []
+    for start, stop in sorted(runs):
+        if merged and start <= merged[-1][1]:
+            if stop > merged[-1][1]:
+                merged[-1] = (merged[-1][0], stop)
+        elif start < stop:
+            merged.append((start, stop))
+    return tuple(merged)
+
+
+def visible_relation(graph: ICLGraph, visibility: Visibility) -> Visible:
+    """The relation of a graph: direct parents, or all ancestors.
+
+    Raises
+    ------
+    LeattnError
+        An unknown ``visibility``.
+    """
+    if visibility not in ("parents", "ancestors"):
+        raise LeattnError(choices("visibility", visibility, ("parents", "ancestors")))
+    rows: list[tuple[Run, ...]] = []
+    shared: dict[int, tuple[Run, ...]] = {}
+    prefixes: dict[int, tuple[int, tuple[Run, ...]]] = {}
+    for node in graph.nodes:
+        parents = node.parents
+        if isinstance(parents, Prefix):
+            # The same list, longer than last time: only what was added needs looking at.
+            known, runs = prefixes.get(id(parents.base), (0, ()))
+            if len(parents) < known:
+                known, runs = 0, ()
+            runs = _union(parents.base[known : len(parents)], runs, graph, rows, visibility)
+            prefixes[id(parents.base)] = (len(parents), runs)
+        else:
+            # Siblings often share one tuple of parents.
+            found = shared.get(id(parents))
+            runs = _union(parents, (), graph, rows, visibility) if found is None else found
+            shared[id(parents)] = runs
+        rows.append(runs)
+    return Visible(tuple(rows))
+
+
+def _union(
+    parents: Sequence[ICLNode],
+    seen: tuple[Run, ...],
+    graph: ICLGraph,
+    rows: list[tuple[Run, ...]],
+    visibility: Visibility,
+) -> tuple[Run, ...]:
+    """``seen`` together with ``parents`` and, for ancestors, with all that they see."""
+    indices = sorted(graph.index[parent] for parent in parents)
+    if visibility == "parents":
+        return merge([*seen, *((i, i + 1) for i in indices)])
+    for i in reversed(indices):
+        # Seeing ancestors is transitive: a parent that is covered already brings nothing new.
+        if not _covers(seen, i):
+            seen = merge([*seen, *rows[i], (i, i + 1)])
+    return seen
+
+
+def _covers(runs: tuple[Run, ...], index: int) -> bool:
+    at = bisect_right(runs, (index, np.iinfo(np.int64).max)) - 1
+    return at >= 0 and runs[at][0] <= index < runs[at][1]
+
+
+def _remove(runs: tuple[Run, ...], index: int) -> tuple[Run, ...]:
+    if not _covers(runs, index):
+        return runs
+    split: list[Run] = []
+    for start, stop in runs:
+        if start <= index < stop:
+            split += [part for part in ((start, index), (index + 1, stop)) if part[0] < part[1]]
+        else:
+            split.append((start, stop))
+    return tuple(split)
