@@ -122,7 +122,7 @@ class MaskTable:
         for p in range(len(self.padding)):
             query_nodes = self.node_of[p, queries.clamp(max=self.columns)]
             key_nodes = self.node_of[p, key_index.clamp(max=self.columns)]
-            distinct, back = query_nodes.unique(return_inverse=True)
+            distinct, back = torch.unique(query_nodes, return_inverse=True)
             seen = _unpack(self.seen[p, distinct])  # [distinct, N + 2]
             own = query_nodes[:, None] == key_nodes
             mask = torch.where(own, causal, seen[back][:, key_nodes])
@@ -229,4 +229,6 @@ def block_mask_from_counts(
         order = torch.argsort(blocks, dim=-1, descending=True, stable=True)
         return blocks.sum(-1).to(torch.int32), order.to(torch.int32)
 
-    return BlockMask.from_kv_blocks(*ordered(partial), *ordered(is_full), BLOCK_SIZE=block, mask_mod=mask_mod, seq_lengths=lengths)
+    return BlockMask.from_kv_blocks(
+        *ordered(partial), *ordered(is_full), BLOCK_SIZE=block, mask_mod=mask_mod, seq_lengths=lengths
+    )

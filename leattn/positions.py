@@ -15,15 +15,11 @@ from leattn.errors import CompileError, LeattnError, LeattnWarning, choices
 from leattn.visible import Visible
 
 Starts: TypeAlias = Sequence[int] | Mapping[ICLNode, int]
-Positions: TypeAlias = (
-    Literal["after_parents", "sequential", "restart"] | Callable[[ICLGraph, dict[ICLNode, int]], Starts]
-)
+Positions: TypeAlias = Literal["after_parents", "sequential", "restart"] | Callable[[ICLGraph, dict[ICLNode, int]], Starts]
 SCHEMES = ("after_parents", "sequential", "restart")
 
 
-def start_positions(
-    graph: ICLGraph, lengths: Sequence[int], visible: Visible, scheme: Positions
-) -> npt.NDArray[np.int64]:
+def start_positions(graph: ICLGraph, lengths: Sequence[int], visible: Visible, scheme: Positions) -> npt.NDArray[np.int64]:
     """The first position of every node, ``[N]``.
 
     ``"after_parents"``: the furthest end among the nodes it sees, 0 for a root. ``"sequential"``: the index in the layout.
@@ -93,9 +89,7 @@ def _pin(graph: ICLGraph, node: ICLNode, length: int) -> int | None:
     return node.end_pos_id - length
 
 
-def _called(
-    graph: ICLGraph, lengths: Sequence[int], scheme: Callable[[ICLGraph, dict[ICLNode, int]], Starts]
-) -> list[int]:
+def _called(graph: ICLGraph, lengths: Sequence[int], scheme: Callable[[ICLGraph, dict[ICLNode, int]], Starts]) -> list[int]:
     given = scheme(graph, dict(zip(graph.nodes, lengths, strict=True)))
     if isinstance(given, Mapping):
         missing = [graph.names[node] for node in graph.nodes if node not in given]

@@ -22,7 +22,8 @@ def prompt_text(prompt: CompiledPrompt) -> str:
         if not row:
             lines.append(f"  … {len(prompt.graph) - 2 * EDGE_NODES} more nodes")
             continue
-        cells = [row[0].rjust(widths[0]), *(cell.ljust(width) for cell, width in zip(row[1:4], widths[1:], strict=True)), row[4]]
+        padded = (cell.ljust(width) for cell, width in zip(row[1:4], widths[1:], strict=True))
+        cells = [row[0].rjust(widths[0]), *padded, row[4]]
         lines.append(("  " + "  ".join(cells)).rstrip())
     return "\n".join(lines)
 
