@@ -1,0 +1,220 @@
+"""Whether a model can follow a graph: read off its config where possible, and tried out with five tiny forwards."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from leattn.backends import BACKENDS, hf
+from leattn.backends.batch import Batch
+from leattn.backends.binding import Attention, NotAsked, follow
+from leattn.backends.kinds import Backend, ModelFacts
+from leattn.compile import CompiledPrompt, compile_prompt
+from leattn.dag.node import ICLNode
+from leattn.errors import BackendError, choices
+
+
+@dataclass(frozen=True)
+class Capability:
+    """One thing a model can do, or cannot and why."""
+
+    name: str
+    works: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What :func:`leattn.check_model` found. Prints as a table."""
+
+    model: str
+    facts: ModelFacts
+    capabilities: tuple[Capability, ...]
+
+    def __getitem__(self, name: str) -> Capability:
+        for capability in self.capabilities:
+            if capability.name == name:
+                return capability
+        raise BackendError(choices("capability", name, [capability.name for capability in self.capabilities]))
+
+    @property
+    def ok(self) -> bool:
+        """Whether the model can follow a graph on at least one backend."""
+        return any(self[name].works for name in BACKENDS)
+
+    def __str__(self) -> str:
+        width = max(len(capability.name) for capability in self.capabilities)
+        lines = [f"{self.model} (loaded with {self.facts.implementation})"]
+        for capability in self.capabilities:
+            reason = f"  {capability.reason}" if capability.reason else ""
+            lines.append(f"  {capability.name:<{width}}  {'yes' if capability.works else 'no '}{reason}".rstrip())
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{escape(c.name)}</td><td>{'yes' if c.works else 'no'}</td>"
+            f"<td style='text-align:left'>{escape(c.reason)}</td></tr>"
+            for c in self.capabilities
+        )
+        return f"<p>{escape(self.model)}</p><table>{rows}</table>"
+
+
+def static_refusal(facts: ModelFacts) -> str | None:
+    """Why no backend can serve such a model, as far as its config tells."""
+    if facts.stateful:
+        return (
+            "it carries a recurrent state from token to token, which leaks past any attention mask; "
+            "use a model whose layers are all attention"
+        )
+    if not facts.takes_positions or facts.family == "gpt_neo":
+        return (
+            "its attention depends on the index in the sequence (ALiBi, or windows by index), which a graph's positions cannot "
+            "reach; use a model with rotary or learned positions"
+        )
+    if facts.chunked:
+        return "its chunked attention cuts by index, not by position; use a model with full or sliding-window attention"
+    return None
+
+
+_lock = threading.Lock()
+_reasons: WeakKeyDictionary[Any, dict[str, str | None]] = WeakKeyDictionary()
+
+
+def refusal(model: Any, backend: Backend) -> str | None:
+    """Why ``backend`` cannot run ``model``, or None if it can. Found out once per model and backend."""
+    base = hf.backbone(model)
+    with _lock:
+        known = _reasons.setdefault(base, {})
+    if backend.name not in known:
+        facts = hf.read_facts(model)
+        reason = static_refusal(facts) or backend.refusal(facts)
+        if reason is None and not facts.can_switch and facts.implementation != backend.implementation:
+            reason = (
+                f"{facts.family} fixes its attention implementation when it is loaded, here {facts.implementation!r}; "
+                f"load it with attn_implementation={backend.implementation!r}"
+            )
+        known[backend.name] = reason or _probe(model, facts, backend)
+    return known[backend.name]
+
+
+def check_model(model: Any) -> ModelReport:
+    """What this model can do with graphs, and why not where it cannot; found out once per model, by trying.
+
+    Five tiny forwards tell whether the mask is asked for and obeyed, whether positions come from ``position_ids`` and not from
+    the index in the sequence, and whether state leaks around attention. ``attend`` and ``generate`` ask by themselves.
+
+    Examples
+    --------
+    >>> import leattn
+    >>> model, _ = leattn.tiny.load()
+    >>> leattn.check_model(model)["sdpa"].works
+    True
+    """
+    facts = hf.read_facts(model)
+    found = []
+    for backend in BACKENDS.values():
+        reason = refusal(model, backend)
+        found.append(Capability(backend.name, reason is None, reason or ""))
+    works = any(capability.works for capability in found)
+    why = "" if works else found[0].reason
+    found.append(Capability("generate", works and hasattr(model, "generate"), why))
+    if facts.windowed:
+        found.append(Capability("windows", works, "measured in positions, with a full-length cache" if works else why))
+    if facts.rope_limit is not None:
+        found.append(Capability("positions", works, f"below {facts.rope_limit}: past it rotary angles depend on the length"))
+    elif facts.position_limit is not None:
+        found.append(Capability("positions", works, f"below {facts.position_limit}, the size of the position table"))
+    return ModelReport(f"{type(model).__name__} ({facts.family})", facts, tuple(found))
+
+
+def _probe(model: Any, facts: ModelFacts, backend: Backend) -> str | None:
+    """Five tiny forwards on graphs whose answers are known, whatever the weights are."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(0, facts.vocabulary, (count,), generator=generator).tolist()
+
+    root, left, right, child = tokens(4), tokens(3), tokens(3), tokens(4)
+    other_left, other_right = _other(left, facts.vocabulary), _other(right, facts.vocabulary)
+
+    def logits(
+        first: Sequence[int], second: Sequence[int], *, swap: bool = False, gap: int = 0, seen: str = "both"
+    ) -> dict[str, torch.Tensor]:
+        r = ICLNode(root, id="root")
+        make = {
+            "left": lambda: ICLNode(first, [r], id="left"),
+            "right": lambda: ICLNode(second, [r], id="right"),
+        }
+        made = {name: make[name]() for name in (("right", "left") if swap else ("left", "right"))}
+        parents = [r, *made.values()] if seen == "both" else [r, made["left"]]
+        c = ICLNode(child, parents, id="child", start_pos_id=len(root) + len(left) + gap)
+        prompt = compile_prompt([c, *made.values()])
+        output = _run(model, facts, prompt, backend).float()
+        return {node.id or "": output[slice(*prompt.spans[node])] for node in prompt.graph.nodes}
+
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            base = logits(left, right)
+            swapped = logits(left, right, swap=True)
+            moved = logits(left, right, gap=5)
+            unrelated = logits(left, other_right, seen="left")
+            related = logits(other_left, right, seen="left")
+            unrelated_base = logits(left, right, seen="left")
+    except NotAsked:
+        return "it never asks transformers for a mask, so its layers are not (all) attention that a mask reaches"
+    finally:
+        for module in was_training:
+            module.training = True
+
+    # What must not change may change by rounding; what must change moves by more than that.
+    scale = float(base["child"].abs().max()) or 1.0
+    rounding = 64 * torch.finfo(_dtype(model)).eps * scale
+
+    def change(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((a - b).abs().max())
+
+    if not all(torch.isfinite(value).all() for value in base.values()):
+        return "its logits are not finite on a small graph; check its weights and dtype"
+    if change(base["child"], swapped["child"]) > rounding or change(base["left"], swapped["left"]) > rounding:
+        return (
+            "swapping two siblings changed what their child computes: its positions follow the index in the sequence "
+            "(ALiBi and the like); use a model with rotary or learned positions"
+        )
+    if change(base["child"], moved["child"]) == 0:
+        return "moving a node to other positions changed nothing: the model does not use position_ids"
+    if (
+        change(unrelated_base["child"], unrelated["child"]) > rounding
+        or change(unrelated_base["left"], unrelated["left"]) > rounding
+    ):
+        return (
+            "changing a node changed one that does not see it: state leaks outside attention (a recurrent or convolutional "
+            "layer); use a model whose layers are all attention"
+        )
+    if change(unrelated_base["child"], related["child"]) == 0:
+        return "changing a parent changed nothing at its child: the mask does not reach the model's attention"
+    return None
+
+
+def _run(model: Any, facts: ModelFacts, prompt: CompiledPrompt, backend: Backend) -> torch.Tensor:
+    """One unchecked forward for the probe, ``[S, V]``."""
+    with follow(Attention(hf.backbone(model), Batch([prompt], facts.device), backend, facts)) as attention:
+        output = model(**attention.inputs, use_cache=False)
+    logits: torch.Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
+    return logits[0]
+
+
+def _other(ids: Sequence[int], vocabulary: int) -> list[int]:
+    return [(token + 1) % vocabulary for token in ids]
+
+
+def _dtype(model: Any) -> torch.dtype:
+    dtype: torch.dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return dtype

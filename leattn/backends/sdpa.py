@@ -1,0 +1,26 @@
+"""HF's own scaled_dot_product_attention with a boolean mask."""
+
+from __future__ import annotations
+
+import torch
+
+from leattn.backends.batch import Batch, MaskRequest
+from leattn.backends.kinds import ModelFacts
+
+
+class Sdpa:
+    name = "sdpa"
+    implementation = "sdpa"
+
+    def refusal(self, facts: ModelFacts) -> str | None:
+        if facts.softcap:
+            return "sdpa has no soft-cap on attention scores and would leave it out; use backend='eager' or 'flex'"
+        if not facts.supports_sdpa:
+            return f"transformers does not run {facts.family} through sdpa; use backend='eager'"
+        return None
+
+    def mask(self, batch: Batch, request: MaskRequest) -> torch.Tensor:
+        """``[B, 1 or H, Q, K]`` bool, or additive where the user's own mask is."""
+        if batch.user_mask is not None and batch.user_mask.dtype != torch.bool:
+            return batch.additive(request)
+        return batch.allowed(request)

@@ -1,0 +1,1 @@
+"""Text from graphs: ``generate`` and what it returns."""
