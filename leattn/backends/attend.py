@@ -15,7 +15,7 @@ from leattn.backends.binding import Attention, follow
 from leattn.backends.check import refusal
 from leattn.backends.kinds import Backend, ModelFacts
 from leattn.compile import CompiledPrompt
-from leattn.errors import BackendError, LeattnWarning, choices
+from leattn.errors import BackendError, LeattnError, LeattnWarning, choices
 
 
 @contextmanager
@@ -67,6 +67,11 @@ def attend(
     True
     """
     given = [prompts] if isinstance(prompts, CompiledPrompt) else list(prompts)
+    for prompt in given:
+        if not isinstance(prompt, CompiledPrompt):
+            raise LeattnError(f"attend follows compiled prompts, not {type(prompt).__name__}; call leattn.compile_prompt first")
+    if not given:
+        raise LeattnError("there is no prompt to attend to; give one or more compiled prompts")
     base, facts = hf.backbone(model), hf.read_facts(model)
     chosen = choose(model, facts, backend)
     check_tokens(given, facts)

@@ -54,13 +54,6 @@ class Batch:
         mask: torch.Tensor | None = None,
         mask_mode: MaskMode = "combine",
     ) -> None:
-        if not prompts:
-            raise LeattnError("there is no prompt to attend to; give one or more compiled prompts")
-        for prompt in prompts:
-            if not isinstance(prompt, CompiledPrompt):
-                raise LeattnError(
-                    f"attend follows compiled prompts, not {type(prompt).__name__}; call leattn.compile_prompt first"
-                )
         self.prompts = tuple(prompts)
         self.table = MaskTable.build(
             [prompt.visible for prompt in prompts],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -73,7 +73,7 @@ def follow(attention: Attention) -> Iterator[Attention]:
     finally:
         _attentions.set(outer)
         _forwards.set(running)
-        _unbind(attention.base)
+        _unbind(attention)
 
 
 # What is bound to a model while blocks are open: two hooks on its backbone and, if need be, another implementation.
@@ -81,9 +81,12 @@ def follow(attention: Attention) -> Iterator[Attention]:
 
 @dataclass
 class _Binding:
-    restore: str
+    """Hooks that are shared by all blocks on a model; ``switches`` undo changes of the implementation, newest last."""
+
+    loaded_with: str
+    handles: tuple[Any, ...]
     blocks: int = 0
-    handles: tuple[Any, ...] = ()
+    switches: list[tuple[Attention, Callable[[], None]]] = field(default_factory=list)
 
 
 _bindings: WeakKeyDictionary[Any, _Binding] = WeakKeyDictionary()
@@ -100,11 +103,11 @@ def _bind(attention: Attention, outer: tuple[Attention, ...]) -> None:
                 base.register_forward_pre_hook(_before, with_kwargs=True, prepend=True),
                 base.register_forward_hook(_after, always_call=True),
             )
-            binding = _bindings[base] = _Binding(restore=current, handles=handles)
+            binding = _bindings[base] = _Binding(current, handles)
         try:
             if current != backend.implementation:
                 _check_switch(base, backend, binding, outer)
-                base.set_attn_implementation(backend.implementation)
+                binding.switches.append((attention, hf.switch(base, backend.implementation)))
         except BaseException:
             if not binding.blocks:
                 _release(base, binding)
@@ -121,28 +124,27 @@ def _check_switch(base: Any, backend: Backend, binding: _Binding, outer: tuple[A
     if base.training and getattr(base, "is_gradient_checkpointing", False):
         raise BackendError(
             "gradient checkpointing runs the layers again in backward, when this block may have ended and the model is back "
-            f"on {binding.restore!r}; call model.set_attn_implementation({backend.implementation!r}) first"
+            f"on {binding.loaded_with!r}; call model.set_attn_implementation({backend.implementation!r}) first"
         )
 
 
-def _unbind(base: Any) -> None:
+def _unbind(attention: Attention) -> None:
     with _lock:
-        binding = _bindings[base]
+        binding = _bindings[attention.base]
         binding.blocks -= 1
+        # Where another thread still runs on what this block switched to, the last block on the model switches back.
+        around = sum(other.base is attention.base for other in _attentions.get())
+        if binding.switches and binding.switches[-1][0] is attention and binding.blocks == around:
+            binding.switches.pop()[1]()
         if not binding.blocks:
-            _release(base, binding)
-            return
-        # An inner block of the same context may have switched; the one around it goes on with its own.
-        mine = [attention for attention in _attentions.get() if attention.base is base]
-        if mine and mine[-1].backend.implementation != base.config._attn_implementation:
-            base.set_attn_implementation(mine[-1].backend.implementation)
+            _release(attention.base, binding)
 
 
 def _release(base: Any, binding: _Binding) -> None:
     for handle in binding.handles:
         handle.remove()
-    if base.config._attn_implementation != binding.restore:
-        base.set_attn_implementation(binding.restore)
+    for _, restore in reversed(binding.switches):
+        restore()
     del _bindings[base]
 
 

@@ -99,6 +99,19 @@ def _rope_limit(config: Any) -> int | None:
     return min(limits, default=None)
 
 
+def switch(base: PreTrainedModel, implementation: str) -> Callable[[], None]:
+    """Set another attention implementation; the function returned puts back the old one, exactly and without any check."""
+    configs = {id(module.config): module.config for module in base.modules() if isinstance(module, PreTrainedModel)}
+    before = [(config, config._attn_implementation_internal) for config in configs.values()]
+    base.set_attn_implementation(implementation)
+
+    def restore() -> None:
+        for config, name in before:
+            config._attn_implementation_internal = name
+
+    return restore
+
+
 def window_of(model: Any) -> dict[str, int | None]:
     """The window of each layer type a model takes a mask for; one unnamed type ``""`` where all layers are alike."""
     config = backbone(model).config
