@@ -256,9 +256,8 @@ def test_other_input_ids_inside_the_block_are_refused():
     ids[0, 4] = (ids[0, 4] + 1) % 100
     with attend(model, prompt), pytest.raises(BackendError, match=r"other input_ids than the prompt's .* column 4 is"):
         model(ids)
-    with attend(model, prompt), pytest.raises(BackendError, match="rows come in equal numbers per prompt"):
-        with attend(model, [prompt, prompt]):
-            model(prompt.input_ids.repeat(3, 1))
+    with attend(model, [prompt, prompt]), pytest.raises(BackendError, match="rows come in equal numbers per prompt"):
+        model(prompt.input_ids.repeat(3, 1))
     with attend(model, prompt), pytest.raises(BackendError, match="the attention_mask is 2D padding; give a 4D mask"):
         model(prompt.input_ids, attention_mask=prompt.additive_mask())
 
@@ -385,9 +384,10 @@ def test_another_backend_on_a_model_in_use_by_another_thread_is_refused():
 
 def test_a_forced_other_implementation_inside_the_block_is_refused():
     model, prompt = make_model("llama"), fan()
-    with attend(model, prompt, backend="eager"), pytest.raises(BackendError, match="was switched to 'sdpa' inside attend"):
+    with attend(model, prompt, backend="eager"):
         model.set_attn_implementation("sdpa")
-        model(prompt.input_ids)
+        with pytest.raises(BackendError, match="was switched to 'sdpa' inside attend"):
+            model(prompt.input_ids)
     model.set_attn_implementation("eager")
 
 

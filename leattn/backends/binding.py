@@ -45,6 +45,7 @@ class Attention:
     forwards: int = 0
     computed: int = 0
     masks_asked: int = field(default=0, repr=False)
+    made_ahead: Any = field(default=None, repr=False)
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -157,9 +158,9 @@ def _before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
             "causal. Use leattn.generate, or open `with leattn.attend(...)` in this thread too"
         )
     call = _by_name(module, args, kwargs)
+    attention.masks_asked = 0
     prepared = _prepared(attention, call)
     attention.forwards += 1
-    attention.masks_asked = 0
     _forwards.set((*(running for running in _forwards.get() if running.base is not module), attention))
     return (), prepared
 
@@ -199,6 +200,8 @@ def _prepared(attention: Attention, call: dict[str, Any]) -> dict[str, Any]:
         shared = min(first + length, prompt_part.shape[1])
         mask[:, :shared] = prompt_part[:, :shared]
         call["attention_mask"] = mask
+    elif mask is attention.made_ahead:
+        attention.masks_asked += 1
     elif not isinstance(mask, torch.Tensor) or mask.dim() != 2:
         raise BackendError("inside attend the attention_mask is 2D padding; give a 4D mask of your own to attend(mask=...)")
     attention.computed += rows * length
@@ -244,11 +247,21 @@ def _after(module: Any, _args: tuple[Any, ...], output: Any) -> None:
 
 def _answer(config: Any, implementation: str, request: MaskRequest, plain: Any) -> Any:
     """What our mask functions say: transformers' own mask unless the model at hand is following a graph."""
+    # ``generate`` with a static cache asks ahead, outside of any forward.
     running = _forwards.get()
-    if not running or running[-1].base.config is not config:
+    around = running[-1:] or tuple(attention for attention in _attentions.get() if attention.base.config is config)[-1:]
+    if not around or around[0].base.config is not config:
         return plain()
-    attention = running[-1]
-    attention.masks_asked += 1
+    attention = around[0]
+    mask = _mask(attention, implementation, request, plain)
+    if running:
+        attention.masks_asked += 1
+    else:
+        attention.made_ahead = mask
+    return mask
+
+
+def _mask(attention: Attention, implementation: str, request: MaskRequest, plain: Any) -> Any:
     if attention.backend.implementation != implementation:
         raise BackendError(f"the model was switched to {implementation!r} inside attend; leave the block first")
     if attention.backend.name == "sdpa" and attention.batch.is_plain:

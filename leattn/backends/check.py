@@ -161,7 +161,7 @@ def _probe(model: Any, facts: ModelFacts, backend: Backend) -> str | None:
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(facts.device.type, enabled=False):
             base = logits(left, right)
             swapped = logits(left, right, swap=True)
             moved = logits(left, right, gap=5)

@@ -22,6 +22,8 @@ class Flex:
     implementation = "flex_attention"
 
     def refusal(self, facts: ModelFacts) -> str | None:
+        if facts.sinks and facts.device.type == "cpu":
+            return "transformers has no attention sinks for flex_attention on a CPU; use backend='eager'"
         if not facts.supports_flex:
             return f"transformers does not run {facts.family} through flex_attention; use backend='eager'"
         return None

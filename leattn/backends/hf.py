@@ -36,7 +36,7 @@ def backbone(model: Any) -> PreTrainedModel:
     if module.config.is_encoder_decoder:
         raise BackendError(f"{type(module).__name__} has an encoder; a graph is followed by decoder-only models")
     # Some heads call past their base model (OPT calls base_model.decoder), so that a hook there would never run.
-    return cast(PreTrainedModel, module.get_decoder())
+    return cast(PreTrainedModel, module.get_decoder())  # type: ignore[no-untyped-call]
 
 
 def read_facts(model: Any) -> ModelFacts:
@@ -56,6 +56,7 @@ def read_facts(model: Any) -> ModelFacts:
         windowed=any(getattr(layer, "is_sliding", False) for layer in caches),
         chunked="chunked_attention" in layer_types,
         softcap=getattr(config, "attn_logit_softcapping", None) is not None,
+        sinks=any(name.endswith(".sinks") for name, _ in base.named_parameters()),
         supports_sdpa=bool(getattr(base, "_supports_sdpa", False)),
         supports_flex=bool(getattr(base, "_supports_flex_attn", False)),
         vocabulary=int(weight.shape[0]),

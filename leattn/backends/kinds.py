@@ -26,6 +26,7 @@ class ModelFacts:
     windowed: bool
     chunked: bool
     softcap: bool
+    sinks: bool
     supports_sdpa: bool
     supports_flex: bool
     vocabulary: int

@@ -15,6 +15,8 @@ class Sdpa:
     def refusal(self, facts: ModelFacts) -> str | None:
         if facts.softcap:
             return "sdpa has no soft-cap on attention scores and would leave it out; use backend='eager' or 'flex'"
+        if facts.sinks:
+            return "sdpa has no attention sinks and would leave them out; use backend='eager'"
         if not facts.supports_sdpa:
             return f"transformers does not run {facts.family} through sdpa; use backend='eager'"
         return None
