@@ -13,7 +13,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from leattn import masks
 from leattn.dag.graph import ICLGraph
-from leattn.dag.node import ICLNode, tokenize_all
+from leattn.dag.node import ICLNode
+from leattn.dag.tokens import tokenize_all
 from leattn.errors import GraphError, LeattnError
 from leattn.positions import Positions, start_positions
 from leattn.text import prompt_html, prompt_text

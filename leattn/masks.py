@@ -110,9 +110,7 @@ class MaskTable:
 
     def positions_at(self, start: int, length: int) -> torch.Tensor:
         """Positions of the columns ``start`` to ``start + length``, ``[P, length]``; generated tokens count on."""
-        index = torch.arange(start, start + length, device=self.positions.device)
-        beyond = (index - self.columns + 1).clamp(min=0)
-        return self.positions[:, index.clamp(max=self.columns - 1)] + beyond
+        return self._positions(torch.arange(start, start + length, device=self.positions.device))
 
     def rows(self, queries: torch.Tensor, keys: int, *, window: int | None = None) -> torch.Tensor:
         """Boolean mask ``[P, Q, keys]`` of the query columns ``[Q]`` over the first ``keys`` columns."""
@@ -131,10 +129,19 @@ class MaskTable:
                 mask = torch.where(is_padding, queries[:, None] == key_index, mask)
             masks.append(mask)
         mask = torch.stack(masks)
-        if window is not None:
-            distance = self._positions(queries)[:, :, None] - self._positions(key_index)[:, None]
-            mask &= distance < window
-        return mask
+        return mask if window is None else mask & self._within(queries, key_index, window)
+
+    def causal_continuation(self, queries: torch.Tensor, keys: int, *, window: int | None = None) -> torch.Tensor:
+        """Where a mask that replaces the graph's leaves the choice open: all of the prompt, and causally what follows it."""
+        key_index = torch.arange(keys, device=queries.device)
+        mask = (key_index < self.columns) | (queries[:, None] >= key_index)
+        padding = torch.tensor(self.padding, device=queries.device)[:, None, None]
+        mask = mask & (key_index >= padding) | (queries[:, None] == key_index)
+        return mask if window is None else mask & self._within(queries, key_index, window)
+
+    def _within(self, queries: torch.Tensor, keys: torch.Tensor, window: int) -> torch.Tensor:
+        """Whether a key is nearer than ``window`` in positions, ``[P, Q, K]``; keys at later positions always are."""
+        return self._positions(queries)[:, :, None] - self._positions(keys)[:, None] < window
 
     def _positions(self, index: torch.Tensor) -> torch.Tensor:
         return self.positions[:, index.clamp(max=self.columns - 1)] + (index - self.columns + 1).clamp(min=0)

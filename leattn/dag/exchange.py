@@ -5,13 +5,13 @@ from __future__ import annotations
 import heapq
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leattn.dag.node import ICLNode
-from leattn.errors import GraphError
+from leattn.errors import GraphError, LeattnError
 
 if TYPE_CHECKING:
     import networkx
@@ -40,14 +40,15 @@ def to_dict(nodes: Sequence[ICLNode], names: Mapping[ICLNode, str]) -> dict[str,
 def from_dict(data: Mapping[str, Any]) -> list[ICLNode]:
     if not isinstance(data, Mapping) or not isinstance(data.get("nodes"), Sequence) or isinstance(data["nodes"], str):
         raise GraphError("a prompt is a mapping with a list 'nodes', each with 'content' and optionally 'id' and 'parents'")
-    if set(data) - {"nodes"}:
-        raise GraphError(f"unknown field {sorted(set(data) - {'nodes'})[0]!r} beside 'nodes'")
+    beside = [field for field in data if field != "nodes"]
+    if beside:
+        raise GraphError(f"unknown field {beside[0]!r} beside 'nodes'")
     records: dict[Hashable, dict[str, Any]] = {}
     parents: dict[Hashable, list[Hashable]] = {}
     for number, record in enumerate(data["nodes"]):
         if not isinstance(record, Mapping) or "content" not in record:
             raise GraphError(f"node number {number} has no 'content': {record!r}")
-        unknown = sorted(set(record) - set(FIELDS))
+        unknown = sorted(set(record) - set(FIELDS), key=str)
         if unknown:
             raise GraphError(f"node number {number} has an unknown field {unknown[0]!r}; known are {', '.join(FIELDS)}")
         key = record.get("id")
@@ -129,33 +130,35 @@ def _cycle(stuck: set[Hashable], parents: Mapping[Hashable, Sequence[Hashable]])
 
 
 def write(data: Mapping[str, Any], path: str | Path) -> None:
-    path = Path(path)
+    path = Path(path).resolve()
     if path.suffix == ".json":
         text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
     else:
         import yaml
 
         text = yaml.safe_dump(data, allow_unicode=True, sort_keys=False)
-    # A rename replaces the old file whole: an interrupted write leaves it as it was.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    # A rename replaces the old file whole: an interrupted write leaves it as it was. Not tempfile, whose files are private.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def read(path: str | Path) -> list[ICLNode]:
     import yaml
 
-    text = Path(path).read_text(encoding="utf-8")
     try:
+        text = Path(path).read_text(encoding="utf-8")
         # JSON first: every JSON file is YAML in theory, but not to every YAML parser (tabs, long keys).
         data = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
         return from_dict(data)
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
+    except LeattnError as error:
+        raise type(error)(f"{path}: {error}") from error
+    except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise GraphError(f"{path} is not a prompt file: {error}") from error
-    except GraphError as error:
-        raise GraphError(f"{path}: {error}") from error

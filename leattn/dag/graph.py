@@ -58,8 +58,15 @@ class ICLGraph:
                 raise GraphError(f"a target is an ICLNode, not {target!r}; unpack a list with ICLGraph(*nodes)")
         self.nodes: tuple[ICLNode, ...] = _with_ancestors(targets)
         self.index: dict[ICLNode, int] = {node: i for i, node in enumerate(self.nodes)}
-        self.names: dict[ICLNode, str] = _unique_names(self.nodes)
-        self._by_name = {name: node for node, name in self.names.items()}
+        _check_ids(self.nodes)
+
+    @cached_property
+    def names(self) -> dict[ICLNode, str]:
+        return _unique_names(self.nodes)
+
+    @cached_property
+    def _by_name(self) -> dict[str, ICLNode]:
+        return {name: node for node, name in self.names.items()}
 
     def __len__(self) -> int:
         return len(self.nodes)
@@ -184,24 +191,29 @@ def _new_parents(node: ICLNode, walked: dict[int, int]) -> tuple[ICLNode, ...]:
 
 def _with_ancestors(targets: tuple[ICLNode, ...]) -> tuple[ICLNode, ...]:
     """Targets and ancestors by creation order, which is topological because parents exist first."""
-    found = set(targets)
+    # A dict keeps the order in which nodes were met: nodes pickled in two processes may share a creation number.
+    found = dict.fromkeys(targets)
     stack = list(targets)
     walked: dict[int, int] = {}
     while stack:
         for parent in _new_parents(stack.pop(), walked):
             if parent not in found:
-                found.add(parent)
+                found[parent] = None
                 stack.append(parent)
     return tuple(sorted(found, key=lambda node: node.created))
 
 
-def _unique_names(nodes: tuple[ICLNode, ...]) -> dict[ICLNode, str]:
+def _check_ids(nodes: tuple[ICLNode, ...]) -> None:
     taken: set[str] = set()
     for node in nodes:
         if node.id is not None:
             if node.id in taken:
                 raise GraphError(f"id {node.id!r} is given to two nodes of one graph; ids are unique, give one of them another")
             taken.add(node.id)
+
+
+def _unique_names(nodes: tuple[ICLNode, ...]) -> dict[ICLNode, str]:
+    taken = {node.id for node in nodes if node.id is not None}
     names: dict[ICLNode, str] = {}
     next_number: dict[str, int] = {}
     for node in nodes:

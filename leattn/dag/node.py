@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
+from leattn.dag.tokens import tokenize_all
 from leattn.errors import CompileError, GraphError, LeattnError, choices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _created = itertools.count()
+_created_lock = threading.Lock()
 
 
 class Prefix(Sequence["ICLNode"]):
@@ -101,13 +104,20 @@ class ICLNode:
     ) -> None:
         put = object.__setattr__
         put(self, "content", content if isinstance(content, str) else _as_ids(content))
-        put(self, "parents", _as_parents(parents))
+        put(self, "parents", as_parents(parents))
         put(self, "id", id)
         put(self, "start_pos_id", start_pos_id)
         put(self, "end_pos_id", end_pos_id)
         put(self, "special_tokens", special_tokens)
         put(self, "created", next(_created))
         self._check()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickled or copied node. Nodes made after it, in whichever process, count as created after it."""
+        global _created
+        self.__dict__.update(state)
+        with _created_lock:
+            _created = itertools.count(max(next(_created), state["created"] + 1))
 
     def _check(self) -> None:
         if self.id is not None and not isinstance(self.id, str):
@@ -171,7 +181,8 @@ def _as_ids(content: Any) -> tuple[int, ...]:
     return ids
 
 
-def _as_parents(parents: Iterable[ICLNode] | None) -> Sequence[ICLNode]:
+def as_parents(parents: Iterable[ICLNode] | None) -> Sequence[ICLNode]:
+    """Parents as one checked, immutable sequence; a :class:`Prefix` and a tuple stay the object they are."""
     if isinstance(parents, Prefix):
         return parents
     if isinstance(parents, ICLNode):
@@ -184,38 +195,6 @@ def _as_parents(parents: Iterable[ICLNode] | None) -> Sequence[ICLNode]:
         twice = next(parent for i, parent in enumerate(nodes) if any(parent is other for other in nodes[:i]))
         raise GraphError(f"parent {twice} is given twice; an edge exists or it does not")
     return nodes
-
-
-def tokenize_all(nodes: Sequence[ICLNode], tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
-    """Token ids of every node, each tokenized by itself, in one call per treatment of special tokens.
-
-    Raises
-    ------
-    CompileError
-        A node that tokenizes to nothing, or text without a tokenizer.
-    """
-    result: list[list[int]] = [[] if isinstance(node.content, str) else list(node.content) for node in nodes]
-    for treatment in ("parse", "text"):
-        picked = [i for i, node in enumerate(nodes) if isinstance(node.content, str) and node.special_tokens == treatment]
-        if not picked:
-            continue
-        if tokenizer is None:
-            raise CompileError(f"node {nodes[picked[0]]} holds text; give a tokenizer, or token ids as content")
-        encoded = tokenizer(
-            [str(nodes[i].content) for i in picked],
-            add_special_tokens=False,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            split_special_tokens=treatment == "text",
-            verbose=False,
-        )
-        for i, ids in zip(picked, encoded["input_ids"], strict=True):
-            result[i] = list(ids)
-    for node, ids in zip(nodes, result, strict=True):
-        if not ids:
-            raise CompileError(f"node {node} tokenizes to 0 tokens; give it text or remove it")
-    return result
 
 
 def bos(tokenizer: PreTrainedTokenizerBase) -> ICLNode:

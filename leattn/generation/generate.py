@@ -102,11 +102,10 @@ def generate(
     options = _options(model, tokenizer, hf_generate_kwargs)
     check_positions(prompts, hf.read_facts(model), new_tokens=_new_tokens(model, prompts, options))
 
-    started = time.perf_counter()
     with attend(model, prompts, backend=backend) as attention, _seeded(seed, attention.facts.device):
-        inputs = {name: attention.inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}
-        output = model.generate(**inputs, **options)
-    seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        output = model.generate(**attention.inputs, **options)
+        seconds = time.perf_counter() - started
     rows = output if isinstance(output, torch.Tensor) else output.sequences
     results = _results(prompts, rows, attention, _end_ids(model, options), seconds)
     return results if is_batch else results[0]

@@ -1,0 +1,170 @@
+"""A conversation as a graph: the model's own chat template, rendered and tokenized once, cut into messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from leattn.dag.builders import Content
+from leattn.dag.graph import ICLGraph
+from leattn.dag.node import ICLNode, Prefix
+from leattn.dag.template import Message, Template, content_of, locate, turns_of, which
+from leattn.errors import GraphError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NOT_FOR_TEMPLATES = (
+    "tokenize",
+    "return_dict",
+    "return_tensors",
+    "return_assistant_tokens_mask",
+    "padding",
+    "truncation",
+    "max_length",
+    "tokenizer_kwargs",
+    "sanitize_control_tokens",
+)
+
+
+def from_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    documents: Sequence[Content] = (),
+    *,
+    add_generation_prompt: bool | None = None,
+    **template_options: Any,
+) -> ICLGraph:
+    """A graph whose nodes are the messages of a conversation, with documents as parallel nodes before the last question.
+
+    The chat template is rendered over the whole conversation and tokenized once; the message nodes hold slices of those
+    ids. Joined, they are what ``tokenizer.apply_chat_template`` returns. Each message sees all before it, so that without
+    documents the graph is the plain prompt.
+
+    Parameters
+    ----------
+    tokenizer
+        A fast one, which knows where in the text its tokens stand, with a chat template.
+    messages
+        Mappings with ``role`` and ``content`` (text; None or left out where a template allows it, as beside tool calls).
+    documents
+        Texts or token ids. They stand in the last user turn, right before the user's text, and are tokenized each by itself.
+        Each sees what stands before it, its turn's header included, and no other document; the user's text, and all that
+        follows, sees every one. Nothing in the text of a document becomes a control token.
+    add_generation_prompt
+        Whether the header of an answer ends the prompt. By default, if the last message is from the user or a tool.
+    **template_options
+        For the template, such as ``tools``, ``enable_thinking``, ``continue_final_message``, ``chat_template``.
+
+    Returns
+    -------
+    ICLGraph
+        With a role as id (``"system"``), numbered if several messages have it (``"user 1"``, ``"user 2"``), and
+        ``"document 1"``, …. With documents, the header of the last user turn is a node of its own (``"user header"``).
+
+    Raises
+    ------
+    GraphError
+        A slow tokenizer, no chat template, a conversation that the template refuses, a message whose text it drops, repeats
+        or changes by more than leaving out a part, documents without a user message.
+
+    Examples
+    --------
+    >>> from leattn import compile_prompt
+    >>> from leattn.tiny.tokenizer import build_tokenizer
+    >>> tokenizer = build_tokenizer()
+    >>> graph = from_chat(tokenizer, [{"role": "user", "content": "Which city?"}], ["Lumo.", "Vex."])
+    >>> [graph.name(node) for node in graph.parents("user")]
+    ['user header', 'document 1', 'document 2']
+    >>> compile_prompt(graph, tokenizer)["document 2"].text
+    'Vex.'
+
+    Notes
+    -----
+    Control text belongs to the message it wraps: a header to the message after it, a footer to the one before. What stands
+    before the first message (BOS, a default system prompt) belongs to that one, the generation prompt to the last one. Text
+    between two messages that is neither goes to the earlier one. A token that straddles a boundary belongs to the side of
+    its first character that is no whitespace: the space of ``" What"`` follows its word. Nodes are in the order of the
+    text: some templates move the system message to the last user turn.
+    A blank message that the template does not show has no node.
+
+    A control string in the text of a message, unlike in a document, is parsed as ``apply_chat_template`` parses it.
+    """
+    checked = _checked(tokenizer, messages, documents, template_options)
+    if add_generation_prompt is None:
+        add_generation_prompt = checked[-1]["role"] in ("user", "tool", "ipython", "function")
+    render = Template(tokenizer, add_generation_prompt, template_options)
+    text = render(checked)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids = list(encoded["input_ids"])
+    # A token without width, such as a prefix space, stays with the one before.
+    token_starts = np.maximum.accumulate([_place(text, start, end) for start, end in encoded["offset_mapping"]])
+
+    places, marked = locate(render, checked, text)
+    turns = turns_of(render, marked, places, text)
+    bounds = [0, *(int(np.searchsorted(token_starts, start)) for _, start in turns[1:]), len(ids)]
+    asker = max((i for i, message in enumerate(checked) if message["role"] == "user"), default=None)
+    if documents and asker is None:
+        raise GraphError("documents stand before the text of the last user message, but no message is from a user; add one")
+    if documents and asker is not None and asker not in places:
+        raise GraphError(f"the template shows no text of {which(checked, asker)}, so documents have no place; give it some")
+    names = _names(checked)
+    nodes: list[ICLNode] = []
+
+    def add(token_ids: Sequence[int], name: str) -> None:
+        nodes.append(ICLNode(token_ids, Prefix(nodes, len(nodes)), name))
+
+    for (i, _), start, stop in zip(turns, bounds, bounds[1:], strict=False):
+        if documents and i == asker:
+            text_start = min(max(int(np.searchsorted(token_starts, places[i][0])), start), stop)
+            if start < text_start:
+                add(ids[start:text_start], f"{names[i]} header")
+            before = Prefix(nodes, len(nodes))
+            for number, document in enumerate(documents, 1):
+                nodes.append(ICLNode(document, before, f"document {number}", special_tokens="text"))
+            start = text_start
+        if start < stop:
+            add(ids[start:stop], names[i])
+        elif content_of(checked[i]).strip() or (documents and i == asker):
+            raise GraphError(f"{which(checked, i)} has no token of its own in the rendered conversation; give it more text")
+    return ICLGraph(*nodes)
+
+
+def _place(text: str, start: int, end: int) -> int:
+    """The character that decides where a token belongs: the first that is no whitespace, or the first."""
+    token = text[start:end]
+    return start + (len(token) - len(token.lstrip()) if token.strip() else 0)
+
+
+def _checked(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], documents: Sequence[Content], options: Mapping[str, Any]
+) -> list[Message]:
+    kind = type(tokenizer).__name__
+    if not getattr(tokenizer, "is_fast", False):
+        raise GraphError(f"{kind} is a slow tokenizer, which does not say where its tokens stand; load the fast one")
+    if tokenizer.chat_template is None and options.get("chat_template") is None:
+        raise GraphError(f"{kind} has no chat template; set tokenizer.chat_template, or build the graph from ICLNodes")
+    wrong = next((name for name in options if name in NOT_FOR_TEMPLATES), None)
+    if wrong is not None:
+        raise GraphError(f"{wrong!r} is no option of from_chat, which renders and tokenizes by itself; leave it out")
+    if isinstance(documents, str):
+        raise GraphError(f"documents is a list of texts, not the single text {documents[:40]!r}; put it in a list")
+    if isinstance(messages, str | Mapping) or not messages:
+        raise GraphError(f"messages is a list of mappings with 'role' and 'content', not {messages!r}; give at least one")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise GraphError(f"message {i} is {message!r}; give a mapping with a 'role' and a 'content'")
+        if not isinstance(message.get("content"), str | None):
+            raise GraphError(
+                f"{which(messages, i)} has content of type {type(message['content']).__name__}; "
+                "from_chat takes text, so join its parts into one string"
+            )
+    return list(messages)
+
+
+def _names(messages: Sequence[Message]) -> list[str]:
+    """Roles, numbered where several messages have the same."""
+    roles = [str(message["role"]) for message in messages]
+    return [role if roles.count(role) == 1 else f"{role} {roles[: i + 1].count(role)}" for i, role in enumerate(roles)]
