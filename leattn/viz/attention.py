@@ -1,0 +1,208 @@
+"""Attention weights, node × node, as a heat map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.collections import LineCollection
+
+from leattn.errors import LeattnError, LeattnWarning
+from leattn.viz.brackets import Brackets
+from leattn.viz.fold import check_weights, fold_attention
+from leattn.viz.style import FAINT, INK, MASKED, FloatArray, drawable, new_axes, save, size_inches, text_width
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from leattn.compile import CompiledPrompt
+
+ANNOTATED = 14
+"""Up to this many nodes, every cell says its value."""
+STRAY = 1e-3
+"""So much attention on pairs that the prompt forbids means that the weights are another prompt's."""
+
+
+def plot_attention(
+    weights: torch.Tensor | Sequence[torch.Tensor],
+    prompt: CompiledPrompt,
+    *,
+    layer: int | Sequence[int] | None = None,
+    head: int | Sequence[int] | None = None,
+    ax: Axes | None = None,
+    path: str | Path | None = None,
+    title: str | None = None,
+) -> Axes:
+    r"""How much of its attention each node gives to each node it sees; rows sum to 1, grey is masked.
+
+    Parameters
+    ----------
+    weights
+        ``outputs.attentions`` of eager attention, one tensor ``[1, H, S, S]`` per layer; or one layer's tensor
+        ``[1, H, S, S]``, ``[H, S, S]`` or ``[S, S]``. See :func:`leattn.viz.fold_attention` for what is folded how.
+    prompt
+        The S tokens that the weights are about.
+    layer, head
+        Which to take the mean over: an index, several, or all. Negative ones count from the end.
+    ax
+        Where to draw, best of equal width and height; otherwise a new figure.
+    path
+        Write the figure there: PNG, SVG or PDF by its suffix.
+    title
+        Instead of the one that states quantity, layers, heads and dtype; ``""`` for none.
+
+    Raises
+    ------
+    LeattnError
+        Weights that are missing or do not fit the prompt, a batch of several rows, a layer or head that does not exist.
+
+    Warns
+    -----
+    LeattnWarning
+        Weights on pairs that the prompt forbids: they were not computed with its mask.
+
+    Examples
+    --------
+    >>> from leattn import ICLNode, compile_prompt
+    >>> prompt = compile_prompt(ICLNode([7], parents=[ICLNode([5, 6], id="doc")], id="Q"))
+    >>> weights = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.3, 0.3, 0.4]])
+    >>> plot_attention(weights, prompt).get_title(loc="left")
+    'attention from node to node\nfloat32'
+    """
+    mass, what = _reduced(weights, prompt, layer, head)
+    allowed = _allowed(prompt)
+    stray = float((mass * ~allowed).sum() / len(mass))
+    if stray > STRAY:
+        import warnings
+
+        warnings.warn(
+            f"{stray:.1%} of the attention falls on pairs that this prompt forbids (grey); compute the weights with its mask: "
+            "leattn.attend(model, prompt, backend='eager')",
+            LeattnWarning,
+            stacklevel=2,
+        )
+    count = len(mass)
+    labels = [drawable(name) for name in prompt.graph.names.values()]
+    title = f"attention from node to node\n{what}" if title is None else title
+    if ax is None:
+        side = float(np.clip(0.42 * count, 2.4, 5.6))
+        brackets = Brackets(np.arange(count + 1, dtype=np.float64), labels, side)
+        left, top = (
+            max(brackets.left, 0.5) + 0.15,
+            brackets.top + (0.12 if title == "" else 0.25 + 0.17 * len(title.splitlines())),
+        )
+        right = max(0.75, brackets.overhang, *(text_width(line, 10) - side for line in ["", *title.splitlines()])) + 0.15
+        ax = new_axes(left + side + right, 0.35 + side + top, (left, 0.35, side, side))
+    else:
+        brackets = Brackets(np.arange(count + 1, dtype=np.float64), labels, min(size_inches(ax)))
+
+    colours = matplotlib.colormaps["GnBu"].with_extremes(bad=MASKED)
+    shown = np.ma.masked_array(mass, ~allowed)
+    image = ax.imshow(shown, cmap=colours, vmin=0.0, vmax=1.0, extent=(0, count, count, 0), aspect="auto")
+    if count <= 3 * ANNOTATED:
+        inner = range(1, count)
+        lines = [[(i, 0), (i, count)] for i in inner] + [[(0, i), (count, i)] for i in inner]
+        ax.add_collection(LineCollection(lines, colors="white", linewidths=0.8), autolim=False)
+    if count <= ANNOTATED:
+        font = min(8.0, 0.3 * min(size_inches(ax)) * 72 / count)
+        for row, column in zip(*np.nonzero(allowed), strict=True):
+            value = float(mass[row, column])
+            colour = "white" if value > 0.6 else INK
+            ax.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=font, color=colour)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.set_xlabel("key node", fontsize=8, color=FAINT)
+    ax.spines[:].set_visible(False)
+    brackets.draw(ax)
+    _colour_bar(ax, image)
+    ax.set_title(title, loc="left", fontsize=10, color=INK, pad=brackets.top * 72 + 6, parse_math=False)
+    save(ax, path)
+    return ax
+
+
+def _reduced(
+    weights: torch.Tensor | Sequence[torch.Tensor],
+    prompt: CompiledPrompt,
+    layer: int | Sequence[int] | None,
+    head: int | Sequence[int] | None,
+) -> tuple[FloatArray, str]:
+    """The mean over the chosen layers and heads, ``[N, N]``, and what it is in words."""
+    words = []
+    if isinstance(weights, torch.Tensor):
+        if layer is not None:
+            raise LeattnError(
+                f"layer={layer!r} of one tensor: these weights are one layer's; give the whole outputs.attentions"
+            )
+        chosen = [check_weights(weights, prompt)]
+    else:
+        picked = _indices("layer", layer, len(weights))
+        chosen = [check_weights(weights[i], prompt, f"layer {i}: ") for i in picked]
+        words.append(_in_words("layer", picked, len(weights)))
+    if not chosen:
+        raise LeattnError("there are no attention weights: the sequence is empty; run the model with output_attentions=True")
+    first = chosen[0]
+    if first.dim() > 4 or (first.dim() == 4 and first.shape[0] != 1):
+        raise LeattnError(
+            f"weights of shape {list(first.shape)} are more than one prompt's [1, H, S, S]; take one row of the batch: "
+            "[layer[:1] for layer in attentions]"
+        )
+    heads = first.shape[-3] if first.dim() > 2 else 0
+    if heads:
+        picked = _indices("head", head, heads)
+        words.append(_in_words("head", picked, heads))
+        chosen = [layer_weights[..., picked, :, :] for layer_weights in chosen]
+    elif head is not None:
+        raise LeattnError(f"head={head!r} of weights [S, S]: they have no heads; give [H, S, S]")
+    # Folding is linear, so the mean may come first within a layer: N × N numbers per layer are kept, not per head.
+    folded = [
+        fold_attention(one.detach().cpu().flatten(0, -3) if one.dim() > 2 else one.detach().cpu(), prompt) for one in chosen
+    ]
+    mean = torch.stack([one.reshape(-1, *one.shape[-2:]).double().mean(0) for one in folded]).mean(0)
+    words.append(str(first.dtype).removeprefix("torch."))
+    return cast(FloatArray, mean.numpy()), ", ".join(words)
+
+
+def _indices(what: str, given: int | Sequence[int] | None, count: int) -> list[int]:
+    if given is None:
+        return list(range(count))
+    wanted = [given] if isinstance(given, int) else list(given)
+    for index in wanted:
+        if not isinstance(index, int) or not -count <= index < count:
+            raise LeattnError(f"there is no {what} {index!r}: the weights have {count}, numbered 0 to {count - 1}")
+    if not wanted:
+        raise LeattnError(f"{what}=[] chooses nothing; leave it out for the mean over all {count}")
+    return [index % count for index in wanted]
+
+
+def _in_words(what: str, picked: list[int], count: int) -> str:
+    """What was taken the mean of: ``layer 3``, ``mean of 4 layers``, ``mean of heads 0, 2``."""
+    if len(picked) == 1:
+        return f"{what} {picked[0]}"
+    if picked == list(range(count)):
+        return f"mean of all {count} {what}s"
+    if len(picked) > 6:
+        return f"mean of {len(picked)} {what}s"
+    return f"mean of {what}s {', '.join(map(str, picked))}"
+
+
+def _allowed(prompt: CompiledPrompt) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
+    """Which pairs of nodes attend at all, ``[N, N]``."""
+    allowed = np.eye(len(prompt.graph), dtype=bool)
+    for node, start, stop in zip(*prompt.visible.flat(), strict=True):
+        allowed[node, start:stop] = True
+    return allowed
+
+
+def _colour_bar(ax: Axes, image: matplotlib.image.AxesImage) -> None:
+    width, height = size_inches(ax)
+    # An inset moves with its axes and takes no room from them.
+    inset = ax.inset_axes((1 + 0.12 / width, 0.0, 0.11 / width, min(1.0, 2.4 / height)))
+    bar = cast("Figure", ax.get_figure(root=True)).colorbar(image, cax=inset, ticks=[0, 0.25, 0.5, 0.75, 1])
+    bar.outline.set_visible(False)
+    bar.set_label("attention (a row sums to 1)", fontsize=7, color=FAINT)
+    inset.tick_params(length=2, width=0.5, labelsize=7, color=FAINT, labelcolor=FAINT)
