@@ -161,7 +161,8 @@ def _probe(model: Any, facts: ModelFacts, backend: Backend) -> str | None:
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(facts.device.type, enabled=False):
+        # Uncompiled: the question is what the model does, not what torch's compiler makes of it.
+        with torch.no_grad(), torch.autocast(facts.device.type, enabled=False), torch.compiler.set_stance("force_eager"):
             base = logits(left, right)
             swapped = logits(left, right, swap=True)
             moved = logits(left, right, gap=5)
