@@ -1,0 +1,53 @@
+# make demo         environment, installation, and the main job: three pictures in out/
+# make test         environment, installation, style, types, all tests
+# make test-lowest  the tests with the oldest supported dependencies
+#
+# PYTHON is what the environment is made with: `make PYTHON=python3.12 test`.
+
+PYTHON ?= python3
+VENV := .venv
+LOWEST := .venv-lowest
+INPUTS := setup.cfg pyproject.toml
+
+# Two workers with a thread each fill two cores; torch's own threads on top of that would fight over them.
+PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(VENV)/bin/python -m pytest -n 2 --dist worksteal
+NOTEBOOKS := $(if $(wildcard notebooks/*.ipynb),--nbmake --nbmake-timeout=300 notebooks)
+
+.PHONY: demo test test-lowest clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/leattn demo --out out
+
+test: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check --diff .
+	$(VENV)/bin/mypy
+	$(PYTEST) leattn tests $(NOTEBOOKS)
+
+test-lowest: VENV := $(LOWEST)
+test-lowest: $(LOWEST)/.installed-test
+	$(PYTEST) leattn tests
+
+clean:
+	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV) $(LOWEST)
+
+# A stamp is touched after a complete installation, so that nothing is installed again before its inputs change.
+# $(call install,environment,constraints,what)
+define install
+	$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --constraint $(2) --editable "$(3)"
+endef
+
+$(VENV)/.installed: $(INPUTS) constraints.txt
+	$(call install,$(VENV),constraints.txt,.)
+	touch $@
+
+$(VENV)/.installed-test: $(INPUTS) constraints.txt
+	$(call install,$(VENV),constraints.txt,.[test$(comma)notebooks])
+	touch $(VENV)/.installed $@
+
+$(LOWEST)/.installed-test: $(INPUTS) constraints-lowest.txt
+	$(call install,$(LOWEST),constraints-lowest.txt,.[test$(comma)notebooks])
+	touch $@
+
+comma := ,

@@ -1,0 +1,221 @@
+"""LE-ATTENTION's own names, as its README uses them. Each calls the one real implementation.
+
+>>> X1 = ICLNode("example1.", id="X1")
+>>> X2 = ICLNode("example2.", parents=[X1], id="X2")
+>>> print(print_dag(X2))
+└── X2
+    └── X1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from leattn.compile import CompiledPrompt, compile_prompt
+from leattn.dag.draw import draw
+from leattn.dag.graph import ICLGraph
+from leattn.dag.node import ICLNode
+from leattn.errors import LeattnError
+from leattn.masks import MaskMod
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from transformers import PreTrainedTokenizerBase
+
+_tokenizers: WeakKeyDictionary[ICLNode, PreTrainedTokenizerBase | None] = WeakKeyDictionary()
+"""The tokenizer each node was last given to ``build_attention_matrix`` with. Never tokens: another one means others."""
+
+
+def upstream_nodes(leaf_node: ICLNode) -> list[ICLNode]:
+    """The node and all its ancestors, in layout order: parents first, otherwise as created.
+
+    Examples
+    --------
+    >>> a = ICLNode("a", id="a")
+    >>> [node.id for node in upstream_nodes(ICLNode("b", parents=[a], id="b"))]
+    ['a', 'b']
+    """
+    return list(ICLGraph(leaf_node).nodes)
+
+
+def print_dag(leaf_node: ICLNode, output_character_limit: int = 10) -> str:
+    """The graph above a node as a tree of names, each cut after ``output_character_limit`` characters.
+
+    Returns the text; it is the caller who prints it. What several nodes see is drawn once.
+    """
+    return draw([leaf_node], ICLGraph(leaf_node).names, name_limit=output_character_limit)
+
+
+def build_attention_matrix(
+    leaf_node: ICLNode, tokenizer: PreTrainedTokenizerBase | None = None, materialize_attention_matrix: bool = True
+) -> tuple[npt.NDArray[np.int64] | None, list[ICLNode], list[tuple[int, int]], list[str]]:
+    """The mask of a node and its ancestors, and what its rows and columns are.
+
+    Returns
+    -------
+    matrix
+        ``[S, S]`` of 0 and 1, rows are queries; None if ``materialize_attention_matrix`` is False.
+    nodes
+        In layout order.
+    start_end_pos
+        ``(start, end)`` of each node in tokens, end exclusive.
+    names
+        Unique within the graph, also where nodes have no id.
+
+    Examples
+    --------
+    >>> a = ICLNode([7, 8], id="a")
+    >>> matrix, nodes, start_end_pos, names = build_attention_matrix(ICLNode([9], parents=[a], id="b"))
+    >>> matrix.tolist(), start_end_pos, names
+    ([[1, 0, 0], [1, 1, 0], [1, 1, 1]], [(0, 2), (2, 3)], ['a', 'b'])
+    """
+    prompt = compile_prompt(leaf_node, tokenizer, positions="restart")
+    nodes = list(prompt.graph.nodes)
+    for node in nodes:
+        _tokenizers[node] = tokenizer
+    matrix = prompt.dense_mask().numpy().astype(np.int64) if materialize_attention_matrix else None
+    return matrix, nodes, list(prompt.spans.values()), list(prompt.graph.names.values())
+
+
+def prepare_inputs(
+    nodes: Sequence[ICLNode], tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and positions of some nodes one after the other, ``[1, S]`` each.
+
+    Positions start at 0 in every node, unless ``start_pos_id`` or ``end_pos_id`` say otherwise. Nodes that
+    :func:`build_attention_matrix` has seen keep the tokenizer it was last given; others take ``tokenizer``.
+
+    Raises
+    ------
+    LeattnError
+        No tokenizer is known for a node that holds text, or the nodes were built with different ones.
+
+    Examples
+    --------
+    >>> a = ICLNode([7, 8])
+    >>> prepare_inputs([a, ICLNode([9], parents=[a], start_pos_id=2)])
+    (tensor([[7, 8, 9]]), tensor([[0, 1, 2]]))
+    """
+    if isinstance(nodes, ICLNode):
+        raise LeattnError(
+            f"prepare_inputs takes a list of nodes; write prepare_inputs([{nodes}]) or give upstream_nodes({nodes})"
+        )
+    graph = ICLGraph(*nodes)
+    prompt = compile_prompt(graph, _last_tokenizer(graph) if tokenizer is None else tokenizer, positions="restart")
+    parts = [prompt[node] for node in nodes]
+    return torch.cat([part.input_ids for part in parts])[None], torch.cat([part.positions for part in parts])[None]
+
+
+def _last_tokenizer(graph: ICLGraph) -> PreTrainedTokenizerBase | None:
+    """The one tokenizer that all text in the graph was last built with; None if there is no text."""
+    texts = [node for node in graph if isinstance(node.content, str)]
+    tokenizers = {id(_tokenizers.get(node)): _tokenizers.get(node) for node in texts}
+    unknown = next((node for node in texts if _tokenizers.get(node) is None), None)
+    if unknown is not None:
+        raise LeattnError(
+            f"no tokenizer is known for node {unknown}, which holds text; "
+            "call build_attention_matrix(leaf, tokenizer) before, or give tokenizer="
+        )
+    if len(tokenizers) > 1:
+        raise LeattnError(
+            f"the nodes were last built with {len(tokenizers)} different tokenizers; give tokenizer= to say which"
+        )
+    return next(iter(tokenizers.values()), None)
+
+
+def generate_flex_attention_mask_mod(leaf_node: ICLNode, tokenizer: PreTrainedTokenizerBase | None = None) -> MaskMod:
+    """The mask of a node and its ancestors as ``mask_mod(b, h, q_idx, kv_idx)`` for flex_attention.
+
+    Examples
+    --------
+    >>> mask_mod = generate_flex_attention_mask_mod(ICLNode([7, 8]))
+    >>> index = torch.arange(2)
+    >>> mask_mod(torch.tensor(0), torch.tensor(0), index[:, None], index)
+    tensor([[ True, False],
+            [ True,  True]])
+    """
+    return compile_prompt(leaf_node, tokenizer).mask_mod
+
+
+def visualize_attention_matrix(
+    matrix: npt.ArrayLike,
+    start_end_pos: Sequence[tuple[int, int]],
+    names: Sequence[str],
+    size_ratio: float = 1.0,
+    save_dir: str | Path | None = None,
+) -> Axes:
+    """Draw what :func:`build_attention_matrix` returned: queries downwards, keys to the right, grey where masked.
+
+    Parameters
+    ----------
+    matrix
+        ``[S, S]``, rows are queries.
+    start_end_pos, names
+        ``(start, end)`` in tokens and the name of each node.
+    size_ratio
+        Pixels per inch, in parts of what pictures of leattn have.
+    save_dir
+        The picture's file, as in LE-ATTENTION; its folder is made where it is missing. Nothing is written without it.
+
+    Returns
+    -------
+    matplotlib Axes
+
+    Raises
+    ------
+    LeattnError
+        No matrix, spans or names that do not fit it, or a matrix that is not one of whole nodes.
+
+    Examples
+    --------
+    >>> matrix, nodes, start_end_pos, names = build_attention_matrix(ICLNode([7, 8], id="a"))
+    >>> visualize_attention_matrix(matrix, start_end_pos, names).get_title(loc="left")
+    'attention mask: 2 tokens, 1 node, density 1.00'
+    """
+    from leattn.viz import plot_mask
+    from leattn.viz.style import DPI
+
+    if size_ratio <= 0:
+        raise LeattnError(f"size_ratio={size_ratio} is no size; give a number above 0")
+    ax = plot_mask(_prompt_of(matrix, start_end_pos, names))
+    figure: Any = ax.figure
+    figure.set_dpi(figure.dpi * size_ratio)
+    if save_dir is not None:
+        Path(save_dir).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(save_dir, dpi=DPI * size_ratio)
+    return ax
+
+
+def _prompt_of(matrix: npt.ArrayLike, start_end_pos: Sequence[tuple[int, int]], names: Sequence[str]) -> CompiledPrompt:
+    """The graph that has this matrix, its nodes made of as many nameless tokens: pictures are drawn from nodes."""
+    if matrix is None:
+        raise LeattnError("the matrix is None; build it with materialize_attention_matrix=True")
+    mask = np.asarray(matrix).astype(bool)
+    ends = [0, *(int(end) for _, end in start_end_pos)]
+    if mask.ndim != 2 or mask.shape != (ends[-1], ends[-1]) or ends[:-1] != [int(start) for start, _ in start_end_pos]:
+        raise LeattnError(
+            f"start_end_pos covers {ends[-1]} tokens, one node after the other, but the matrix is {list(np.shape(mask))}; "
+            "give all three as build_attention_matrix returned them"
+        )
+    if len(names) != len(start_end_pos):
+        raise LeattnError(f"{len(names)} names for {len(start_end_pos)} nodes; give one per node")
+    nodes: list[ICLNode] = []
+    for (start, end), name in zip(start_end_pos, names, strict=True):
+        parents = [nodes[j] for j, (first, _) in enumerate(start_end_pos[: len(nodes)]) if mask[start, first]]
+        nodes.append(ICLNode([0] * int(end - start), parents, id=name))
+    prompt = compile_prompt(nodes, positions="restart")
+    different = np.argwhere(prompt.dense_mask().numpy() != mask)
+    if len(different):
+        row, column = different[0].tolist()
+        raise LeattnError(
+            f"the matrix is not one of whole nodes: query token {row} and key token {column} break the pattern of their nodes; "
+            "draw it with matplotlib's imshow"
+        )
+    return prompt

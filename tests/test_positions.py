@@ -1,0 +1,147 @@
+"""Where nodes start counting: schemes, pins, callables, and what is refused."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import SCHEMES, VISIBILITIES, graphs
+
+import leattn
+from leattn import CompileError, ICLGraph, ICLNode, LeattnError, LeattnWarning, compile_prompt
+
+
+@given(graphs(max_nodes=8), VISIBILITIES, SCHEMES)
+def test_schemes_are_their_definition(graph, visibility, scheme):
+    prompt = compile_prompt(graph, visibility=visibility, positions=scheme)
+    sees = oracles.relation(graph.nodes, visibility)
+    assert prompt.position_ids.shape == prompt.input_ids.shape == (1, len(prompt))
+    assert prompt.position_ids.dtype == prompt.input_ids.dtype == torch.long
+    assert prompt.position_ids[0].tolist() == oracles.positions(graph.nodes, sees, scheme)
+
+
+def test_a_chain_is_numbered_as_plain_text():
+    nodes = leattn.chain([[1, 2], [3], [4, 5, 6]])
+    assert compile_prompt(nodes[-1]).position_ids.tolist() == [[0, 1, 2, 3, 4, 5]]
+
+
+def test_parallel_siblings_share_positions_and_their_child_starts_after_the_longest():
+    root = ICLNode([1, 2], id="root")
+    short, long = ICLNode([3], [root], id="short"), ICLNode([4, 5, 6], [root], id="long")
+    prompt = compile_prompt(ICLNode([7], [root, short, long], id="Q"))
+    assert {name: prompt[name].positions.tolist() for name in ("root", "short", "long", "Q")} == {
+        "root": [0, 1],
+        "short": [2],
+        "long": [2, 3, 4],
+        "Q": [5],
+    }
+
+
+def test_the_furthest_end_is_that_of_nodes_seen_and_not_of_all_ancestors():
+    root = ICLNode([1], id="root", start_pos_id=50)
+    middle = ICLNode([2], id="middle", start_pos_id=60)
+    leaf = ICLNode([3], [ICLNode([4], [root, middle], id="low", start_pos_id=70)], id="leaf")
+    pinned = ICLNode([5], [ICLNode([6], [middle], id="under", end_pos_id=62)], id="pinned")
+    prompt = compile_prompt([leaf, pinned])
+    assert prompt["leaf"].positions.tolist() == [71]
+    assert prompt["under"].positions.tolist() == [61]
+    assert prompt["pinned"].positions.tolist() == [62]
+
+
+@pytest.mark.parametrize("scheme", ["after_parents", "sequential", "restart"])
+def test_pins_win_over_every_scheme(scheme):
+    first = ICLNode([1, 2, 3], id="first", start_pos_id=10)
+    last = ICLNode([4, 5], [first], id="last", end_pos_id=40)
+    prompt = compile_prompt(last, positions=scheme)
+    assert prompt["first"].positions.tolist() == [10, 11, 12]
+    assert prompt["last"].positions.tolist() == [38, 39]
+
+
+def test_pins_win_over_a_callable():
+    first = ICLNode([1, 2, 3], id="first", start_pos_id=10)
+    prompt = compile_prompt(ICLNode([4], [first], id="last"), positions=lambda graph, lengths: [99, 20])
+    assert prompt.position_ids.tolist() == [[10, 11, 12, 20]]
+
+
+def test_nodes_after_a_pinned_one_count_from_its_end():
+    first = ICLNode([1, 2], start_pos_id=100)
+    assert compile_prompt(ICLNode([3, 4], [first])).position_ids.tolist() == [[100, 101, 102, 103]]
+
+
+@given(graphs(), st.data())
+def test_a_callable_gives_the_starts(graph, data):
+    starts = data.draw(st.lists(st.integers(0, 1000), min_size=len(graph), max_size=len(graph)))
+    called = []
+
+    def as_list(given, lengths):
+        called.append(given)
+        assert lengths == {node: len(node.content) for node in graph}
+        return starts
+
+    expected = [start + i for node, start in zip(graph, starts, strict=True) for i in range(len(node.content))]
+    assert compile_prompt(graph, positions=as_list).position_ids[0].tolist() == expected
+    assert called == [graph]
+    by_node = dict(zip(graph, starts, strict=True))
+    assert compile_prompt(graph, positions=lambda g, n: by_node).position_ids[0].tolist() == expected
+    for kind in (np.array, torch.tensor, tuple):
+        assert compile_prompt(graph, positions=lambda g, n: kind(starts)).position_ids[0].tolist() == expected  # noqa: B023
+
+
+def test_a_callable_that_gives_too_little():
+    graph = ICLGraph(ICLNode([1], [ICLNode([2], id="a")], id="b"))
+    with pytest.raises(CompileError, match="gave 1 starts for 2 nodes; give one per node"):
+        compile_prompt(graph, positions=lambda g, n: [0])
+    with pytest.raises(CompileError, match="gave no start for node 'b'"):
+        compile_prompt(graph, positions=lambda g, n: {g["a"]: 0})
+
+
+def test_a_negative_position_names_the_node():
+    node = ICLNode([1, 2, 3], id="Q")
+    with pytest.raises(CompileError, match="node 'Q' would start at position -2; positions start at 0"):
+        compile_prompt(node, positions=lambda graph, lengths: [-2])
+
+
+def test_a_pinned_end_before_the_tokens_fit():
+    with pytest.raises(
+        CompileError, match="node 'Q' has 3 tokens and end_pos_id=2, so it would start at position -1; give end_"
+    ):
+        compile_prompt(ICLNode([1, 2, 3], id="Q", end_pos_id=2))
+    assert compile_prompt(ICLNode([1, 2, 3], end_pos_id=3)).position_ids.tolist() == [[0, 1, 2]]
+
+
+def test_an_unknown_scheme_lists_the_known():
+    words = "unknown positions 'relative'; choose one of 'after_parents', 'sequential', 'restart', or give a callable"
+    with pytest.raises(LeattnError, match=words):
+        compile_prompt(ICLNode([1]), positions="relative")
+
+
+def test_a_node_pinned_before_what_it_sees_is_a_warning_that_names_both():
+    far = ICLNode([1, 2, 3], id="far")
+    near = ICLNode([4], id="near")
+    node = ICLNode([5], [near, far], id="Q", start_pos_id=2)
+    with pytest.warns(
+        LeattnWarning, match="node 'Q' is pinned to position 2, before the end 3 of 'far', which it sees"
+    ) as caught:
+        prompt = compile_prompt(node)
+    assert prompt["Q"].positions.tolist() == [2]
+    assert caught[0].filename == __file__, "the warning points to the user's line"
+
+
+def test_a_node_pinned_at_the_end_of_what_it_sees_or_beside_it_is_no_warning():
+    root = ICLNode([1, 2, 3], id="root")
+    other = ICLNode([9] * 50, id="other")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compile_prompt([ICLNode([5], [root], start_pos_id=3), other])
+
+
+@given(graphs(), VISIBILITIES, SCHEMES, st.data())
+def test_edits_keep_positions(graph, visibility, scheme, data):
+    prompt = compile_prompt(graph, visibility=visibility, positions=scheme)
+    node = data.draw(st.sampled_from(graph.nodes))
+    assert torch.equal(prompt.without_node(node).position_ids, prompt.position_ids)
