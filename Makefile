@@ -11,7 +11,6 @@ INPUTS := setup.cfg pyproject.toml
 
 # Two workers with a thread each fill two cores; torch's own threads on top of that would fight over them.
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(VENV)/bin/python -m pytest -n 2 --dist worksteal
-NOTEBOOKS := $(if $(wildcard notebooks/*.ipynb),--nbmake --nbmake-timeout=300 notebooks)
 
 .PHONY: demo test test-lowest clean
 
@@ -22,7 +21,7 @@ test: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check --diff .
 	$(VENV)/bin/mypy
-	$(PYTEST) leattn tests $(NOTEBOOKS)
+	$(PYTEST) leattn tests
 
 test-lowest: VENV := $(LOWEST)
 test-lowest: $(LOWEST)/.installed-test

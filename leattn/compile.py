@@ -160,6 +160,33 @@ class CompiledPrompt:
         """A copy in which nobody else sees ``node``; it stays in the layout, with its tokens and positions."""
         return replace(self, visible=self.visible.without_node(self.graph.index[self.graph[node]]))
 
+    def continued(self, content: str | Iterable[int] | torch.Tensor, id: str | None = None) -> CompiledPrompt:
+        """A copy with one more node at the end, which sees the last one and what that one sees, edits included.
+
+        It starts where the last node ends, as generated tokens do: this is how a target, or what was generated, becomes part
+        of a prompt.
+
+        Raises
+        ------
+        GraphError
+            Several sinks: which of them should go on?
+        """
+        if len(self.graph.sinks) > 1:
+            names = ", ".join(repr(self.graph.names[sink]) for sink in self.graph.sinks[:6])
+            raise GraphError(f"a prompt with several sinks ({names}) has no single end to continue")
+        last = self.graph.nodes[-1]
+        end = int(self.position_ids[0, -1]) + 1
+        node = ICLNode(content, [*self.sees(last), last], id, start_pos_id=end)
+        ids = torch.as_tensor(tokenize_all([node], self.tokenizer)[0], device=self.input_ids.device)
+        return replace(
+            self,
+            graph=ICLGraph(*self.graph.sinks, node),
+            input_ids=torch.cat([self.input_ids, ids[None]], 1),
+            position_ids=torch.cat([self.position_ids, torch.arange(end, end + len(ids), device=ids.device)[None]], 1),
+            offsets=(*self.offsets, self.offsets[-1] + len(ids)),
+            visible=self.visible.continued(),
+        )
+
     def __getitem__(self, key: ICLNode | str) -> NodeView:
         node = self.graph[key]
         return NodeView(self, node, self.spans[node])

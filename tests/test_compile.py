@@ -195,3 +195,16 @@ def test_a_causal_prompt_of_10000_nodes_is_linear():
     assert prompt.position_ids[0].tolist() == list(range(10_000))
     expected = torch.arange(10_000) <= 7_000
     assert torch.equal(prompt.mask_table.rows(torch.tensor([7_000]), 10_000)[0, 0], expected)
+
+
+def test_a_continued_prompt_keeps_edits_positions_and_layout():
+    a, b = ICLNode([1, 2, 3], id="a"), ICLNode([4, 5], id="b", start_pos_id=7)
+    prompt = compile_prompt(ICLNode([6], [a, b], id="Q")).without_edge("Q", "a")
+    longer = prompt.continued([8, 9], "answer")
+    assert longer.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 8, 9]]
+    assert longer.position_ids.tolist() == [[0, 1, 2, 7, 8, 9, 10, 11]]
+    assert [longer.graph.name(node) for node in longer.sees("answer")] == ["b", "Q"]
+    assert longer.graph.nodes[:3] == prompt.graph.nodes
+    assert torch.equal(longer.dense_mask()[:6, :6], prompt.dense_mask())
+    with pytest.raises(GraphError, match=r"several sinks \('a', 'b'\) has no single end to continue"):
+        compile_prompt([a, b]).continued([1])

@@ -11,7 +11,7 @@ import torch
 
 from leattn.backends import BACKENDS, hf
 from leattn.backends.batch import Batch, MaskMode
-from leattn.backends.binding import Attention, follow
+from leattn.backends.binding import Attention, follow, innermost
 from leattn.backends.check import refusal
 from leattn.backends.kinds import Backend, ModelFacts
 from leattn.compile import CompiledPrompt
@@ -66,6 +66,19 @@ def attend(
     >>> logits.shape[1] == len(prompt)
     True
     """
+    with follow(prepare(model, prompts, backend=backend, mask=mask, mask_mode=mask_mode)) as attention:
+        yield attention
+
+
+def prepare(
+    model: Any,
+    prompts: CompiledPrompt | Sequence[CompiledPrompt],
+    *,
+    backend: str = "auto",
+    mask: torch.Tensor | None = None,
+    mask_mode: MaskMode = "combine",
+) -> Attention:
+    """Check that model, backend and prompts go together; the block to follow, before anything is touched."""
     given = [prompts] if isinstance(prompts, CompiledPrompt) else list(prompts)
     for prompt in given:
         if not isinstance(prompt, CompiledPrompt):
@@ -73,12 +86,12 @@ def attend(
     if not given:
         raise LeattnError("there is no prompt to attend to; give one or more compiled prompts")
     base, facts = hf.backbone(model), hf.read_facts(model)
-    chosen = choose(model, facts, backend)
+    around = innermost(base)
+    chosen = around.backend if backend == "auto" and around is not None else choose(model, facts, backend)
     check_tokens(given, facts)
     check_positions(given, facts)
     batch = Batch(given, facts.device, mask=mask, mask_mode=mask_mode)
-    with follow(Attention(base, batch, chosen, facts)) as attention:
-        yield attention
+    return Attention(base, batch, chosen, facts)
 
 
 def forward(

@@ -7,21 +7,20 @@ two graphs can run on one model at once; a thread that knows of no prompt raises
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 
 from leattn.backends import BACKENDS, hf
 from leattn.backends.batch import Batch, MaskRequest
+from leattn.backends.call import by_name, prepared_call
 from leattn.backends.kinds import Backend, ModelFacts
-from leattn.compile import CompiledPrompt
 from leattn.errors import BackendError
 
 
@@ -29,7 +28,7 @@ class NotAsked(BackendError):
     """A forward ended without any mask having been asked for."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Attention:
     """What ``with attend(...) as attention`` gives: the prompts as the model is to be called with them.
 
@@ -42,10 +41,21 @@ class Attention:
     batch: Batch
     backend: Backend
     facts: ModelFacts
+    wrapped: Wrapped | None = None
+    operations: tuple[Any, ...] = ()
     forwards: int = 0
     computed: int = 0
-    masks_asked: int = field(default=0, repr=False)
-    made_ahead: Any = field(default=None, repr=False)
+    columns: range = range(0)
+    masks_asked: int = 0
+    made_ahead: Any = None
+
+    def __repr__(self) -> str:
+        return f"Attention({len(self.batch.prompts)} prompts, backend {self.backend.name!r}, {self.forwards} forwards so far)"
+
+    @property
+    def implementation(self) -> str:
+        """The name of transformers' attention implementation while the block is open."""
+        return self.backend.implementation if self.wrapped is None else hf.WRAPPED
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -54,6 +64,35 @@ class Attention:
             "attention_mask": self.batch.attention_mask,
             "position_ids": self.batch.position_ids,
         }
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer's attention: query ``[B, H, Q, D]``, key and value ``[B, G, K, D]``, mask as the backend takes it."""
+
+    attention: Attention
+    layer: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: Any
+    scaling: float
+    softcap: float | None
+
+    @property
+    def columns(self) -> range:
+        """Columns of the batch that the queries stand in; the keys are all columns from 0."""
+        return self.attention.columns
+
+
+class Wrapped(Protocol):
+    """Something around a backend's attention: it may change the mask before, and look at the call after."""
+
+    def before(self, call: Call) -> Any:
+        """The mask to use instead of ``call.mask``, or that one."""
+
+    def after(self, call: Call) -> None:
+        """Look at what was computed with."""
 
 
 _attentions: ContextVar[tuple[Attention, ...]] = ContextVar("leattn_attentions", default=())
@@ -65,16 +104,26 @@ _forwards: ContextVar[tuple[Attention, ...]] = ContextVar("leattn_forwards", def
 @contextmanager
 def follow(attention: Attention) -> Iterator[Attention]:
     """The block itself, without any check of whether the model can do it."""
-    hf.install([backend.implementation for backend in BACKENDS.values()], _answer)
-    outer, running = _attentions.get(), _forwards.get()
+    hf.install([backend.implementation for backend in BACKENDS.values()], _answer, _attention)
+    outer, active = _attentions.get(), _forwards.get()
     _bind(attention, outer)
     try:
         _attentions.set((*outer, attention))
         yield attention
     finally:
         _attentions.set(outer)
-        _forwards.set(running)
+        _forwards.set(active)
         _unbind(attention)
+
+
+def innermost(base: Any) -> Attention | None:
+    """The innermost block around the current code that is about this model."""
+    return next((attention for attention in reversed(_attentions.get()) if attention.base is base), None)
+
+
+def running(base: Any) -> Attention | None:
+    """The block that the model's current forward follows, or None outside of a forward."""
+    return next((attention for attention in reversed(_forwards.get()) if attention.base is base), None)
 
 
 # What is bound to a model while blocks are open: two hooks on its backbone and, if need be, another implementation.
@@ -95,7 +144,7 @@ _lock = threading.RLock()
 
 
 def _bind(attention: Attention, outer: tuple[Attention, ...]) -> None:
-    base, backend = attention.base, attention.backend
+    base = attention.base
     with _lock:
         binding = _bindings.get(base)
         current = base.config._attn_implementation
@@ -106,9 +155,9 @@ def _bind(attention: Attention, outer: tuple[Attention, ...]) -> None:
             )
             binding = _bindings[base] = _Binding(current, handles)
         try:
-            if current != backend.implementation:
-                _check_switch(base, backend, binding, outer)
-                binding.switches.append((attention, hf.switch(base, backend.implementation)))
+            if current != attention.implementation:
+                _check_switch(attention, binding, outer)
+                binding.switches.append((attention, hf.switch(base, attention.implementation)))
         except BaseException:
             if not binding.blocks:
                 _release(base, binding)
@@ -116,16 +165,17 @@ def _bind(attention: Attention, outer: tuple[Attention, ...]) -> None:
         binding.blocks += 1
 
 
-def _check_switch(base: Any, backend: Backend, binding: _Binding, outer: tuple[Attention, ...]) -> None:
-    if binding.blocks > sum(attention.base is base for attention in outer):
+def _check_switch(attention: Attention, binding: _Binding, outer: tuple[Attention, ...]) -> None:
+    base, implementation = attention.base, attention.implementation
+    if binding.blocks > sum(other.base is base for other in outer):
         raise BackendError(
             f"another thread is using this model with {base.config._attn_implementation!r}; "
-            f"one model runs one implementation at a time, so use the same backend in both, not {backend.name!r}"
+            f"one model runs one implementation at a time, so use the same backend in both, not {implementation!r}"
         )
     if base.training and getattr(base, "is_gradient_checkpointing", False):
         raise BackendError(
             "gradient checkpointing runs the layers again in backward, when this block may have ended and the model is back "
-            f"on {binding.loaded_with!r}; call model.set_attn_implementation({backend.implementation!r}) first"
+            f"on {binding.loaded_with!r}; call model.set_attn_implementation({implementation!r}) first"
         )
 
 
@@ -151,110 +201,40 @@ def _release(base: Any, binding: _Binding) -> None:
 
 def _before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before the backbone runs: find the block this call belongs to, check its input and fill in positions."""
-    attention = next((attention for attention in reversed(_attentions.get()) if attention.base is module), None)
+    attention = innermost(module)
     if attention is None:
         raise BackendError(
             "this model is following a graph in another thread or context, and this call belongs to none; it would run plain "
             "causal. Use leattn.generate, or open `with leattn.attend(...)` in this thread too"
         )
-    call = _by_name(module, args, kwargs)
+    given = by_name(module, args, kwargs)
     attention.masks_asked = 0
-    prepared = _prepared(attention, call)
+    prepared = prepared_call(attention, given)
     attention.forwards += 1
-    _forwards.set((*(running for running in _forwards.get() if running.base is not module), attention))
+    _forwards.set((*(other for other in _forwards.get() if other.base is not module), attention))
     return (), prepared
-
-
-def _by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    signature = inspect.signature(module.forward)
-    call = dict(signature.bind_partial(*args, **kwargs).arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            call.update(call.pop(name, {}))
-    return call
-
-
-def _prepared(attention: Attention, call: dict[str, Any]) -> dict[str, Any]:
-    batch = attention.batch
-    ids = call.get("input_ids")
-    tokens = ids if ids is not None else call.get("inputs_embeds")
-    if tokens is None:
-        raise BackendError("inside attend the model is called with input_ids (or inputs_embeds); it got neither")
-    use_cache = call.get("use_cache")
-    if attention.facts.windowed and (attention.base.config.use_cache if use_cache is None else use_cache):
-        call["past_key_values"] = hf.full_length_cache(call.get("past_key_values"))
-    first, length, rows = hf.cached_tokens(call.get("past_key_values")), tokens.shape[1], tokens.shape[0]
-    repeats = batch.repeats(rows)
-    if ids is not None:
-        _check_ids(batch, ids, first, repeats)
-    if first + length > batch.table.columns:
-        for prompt in batch.prompts:
-            if len(prompt.graph.sinks) > 1:
-                raise BackendError(several_sinks(prompt))
-    positions = batch.table.positions_at(first, length).repeat_interleave(repeats, 0).to(tokens.device)
-    call["position_ids"] = positions
-    mask = call.get("attention_mask")
-    if mask is None:
-        mask = torch.ones(rows, first + length, dtype=torch.long, device=tokens.device)
-        prompt_part = batch.attention_mask.repeat_interleave(repeats, 0).to(tokens.device)
-        shared = min(first + length, prompt_part.shape[1])
-        mask[:, :shared] = prompt_part[:, :shared]
-        call["attention_mask"] = mask
-    elif mask is attention.made_ahead:
-        attention.masks_asked += 1
-    elif not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-        raise BackendError("inside attend the attention_mask is 2D padding; give a 4D mask of your own to attend(mask=...)")
-    attention.computed += rows * length
-    return call
-
-
-def several_sinks(prompt: CompiledPrompt) -> str:
-    """Why a prompt whose branches end apart cannot be continued as one."""
-    names = ", ".join(repr(prompt.graph.names[sink]) for sink in prompt.graph.sinks[:6])
-    return (
-        f"a prompt with several sinks ({names}) has no single continuation yet; let one last node see them, or compile and "
-        "generate each sink by itself"
-    )
-
-
-def _check_ids(batch: Batch, ids: torch.Tensor, first: int, repeats: int) -> None:
-    """The prompt's columns of ``ids`` must be the prompt's tokens; padding and what is generated are free."""
-    last = min(first + ids.shape[1], batch.table.columns)
-    if last <= first:
-        return
-    expected = batch.input_ids[:, first:last].repeat_interleave(repeats, 0).to(ids.device)
-    is_prompt = batch.attention_mask[:, first:last].repeat_interleave(repeats, 0).to(ids.device).bool()
-    given = ids[:, : last - first]
-    wrong = (given != expected) & is_prompt
-    if wrong.any():
-        row, column = (int(i) for i in wrong.nonzero()[0])
-        raise BackendError(
-            f"other input_ids than the prompt's inside attend: row {row}, column {first + column} is "
-            f"{int(given[row, column])}, the prompt has {int(expected[row, column])}; call the model with "
-            "**attention.inputs, or leave the block first"
-        )
 
 
 def _after(module: Any, _args: tuple[Any, ...], output: Any) -> None:
     """After the backbone ran, also after an exception: forget the forward, and make sure that a mask was asked for."""
-    running = _forwards.get()
-    if not running or running[-1].base is not module:
+    active = _forwards.get()
+    if not active or active[-1].base is not module:
         return
-    _forwards.set(running[:-1])
-    if output is not None and not running[-1].masks_asked:
+    _forwards.set(active[:-1])
+    if output is not None and not active[-1].masks_asked:
         raise NotAsked(f"{type(module).__name__} ran without asking for an attention mask, so it did not follow the graph")
 
 
 def _answer(config: Any, implementation: str, request: MaskRequest, plain: Any) -> Any:
     """What our mask functions say: transformers' own mask unless the model at hand is following a graph."""
     # ``generate`` with a static cache asks ahead, outside of any forward.
-    running = _forwards.get()
-    around = running[-1:] or tuple(attention for attention in _attentions.get() if attention.base.config is config)[-1:]
+    active = _forwards.get()
+    around = active[-1:] or tuple(attention for attention in _attentions.get() if attention.base.config is config)[-1:]
     if not around or around[0].base.config is not config:
         return plain()
     attention = around[0]
     mask = _mask(attention, implementation, request, plain)
-    if running:
+    if active:
         attention.masks_asked += 1
     else:
         attention.made_ahead = mask
@@ -262,8 +242,27 @@ def _answer(config: Any, implementation: str, request: MaskRequest, plain: Any) 
 
 
 def _mask(attention: Attention, implementation: str, request: MaskRequest, plain: Any) -> Any:
-    if attention.backend.implementation != implementation:
+    if attention.implementation != implementation:
         raise BackendError(f"the model was switched to {implementation!r} inside attend; leave the block first")
-    if attention.backend.name == "sdpa" and attention.batch.is_plain:
+    if attention.backend.name == "sdpa" and attention.batch.is_plain and attention.wrapped is None:
         return plain()
     return attention.backend.mask(attention.batch, request)
+
+
+def _attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+) -> Any:
+    """The attention function under the name ``hf.WRAPPED``: a backend's own, between ``before`` and ``after``."""
+    active = _forwards.get()
+    if not active or active[-1].wrapped is None:
+        raise BackendError("a layer's attention was called outside of its model's forward, while the model follows a graph")
+    attention = active[-1]
+    wrapped = attention.wrapped
+    assert wrapped is not None
+    scaling = kwargs.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    call = Call(attention, module.layer_idx, query, key, value, attention_mask, scaling, kwargs.get("softcap"))
+    function = hf.attention_function(module, attention.backend.implementation)
+    output = function(module, query, key, value, wrapped.before(call), **kwargs)
+    wrapped.after(call)
+    return output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -161,8 +162,14 @@ def _probe(model: Any, facts: ModelFacts, backend: Backend) -> str | None:
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        # Uncompiled: the question is what the model does, not what torch's compiler makes of it.
-        with torch.no_grad(), torch.autocast(facts.device.type, enabled=False), torch.compiler.set_stance("force_eager"):
+        # Uncompiled: the question is what the model does, not what torch's compiler makes of it. Torch warns that it is slow.
+        with (
+            warnings.catch_warnings(),
+            torch.no_grad(),
+            torch.autocast(facts.device.type, enabled=False),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
             base = logits(left, right)
             swapped = logits(left, right, swap=True)
             moved = logits(left, right, gap=5)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface, PreTrainedModel
 
 from leattn.backends.batch import MaskRequest
 from leattn.backends.kinds import ModelFacts
@@ -123,16 +124,69 @@ def window_of(model: Any) -> dict[str, int | None]:
     return {"": None if types == ["full_attention"] else window}
 
 
-def install(implementations: list[str], answer: Answer) -> None:
+WRAPPED = "leattn"
+"""Our own name among transformers' attention implementations: a backend's attention with something around it."""
+
+
+def install(implementations: list[str], answer: Answer, attention: Callable[..., Any]) -> None:
     """Put ``answer`` in front of transformers' mask functions; it is asked first, and may hand on to the original.
 
     Under their own names, because some families compare the name of the implementation. A wrapper that finds nothing to do
     passes straight through, so it stays in place.
     """
-    for name in implementations:
+    if WRAPPED not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(WRAPPED, attention)
+        AttentionMaskInterface.register(WRAPPED, eager_mask)
+    for name in [*implementations, WRAPPED]:
         original = ALL_MASK_ATTENTION_FUNCTIONS[name]
         if not hasattr(original, "leattn_original"):
             AttentionMaskInterface.register(name, _wrap(name, original, answer))
+
+
+def attention_function(module: torch.nn.Module, implementation: str) -> Callable[..., Any]:
+    """What transformers would call for an attention module on this implementation.
+
+    Raises
+    ------
+    BackendError
+        A family without the function that others have for eager attention.
+    """
+    if implementation != "eager":
+        return cast(Callable[..., Any], ALL_ATTENTION_FUNCTIONS[implementation])
+    for kind in type(module).__mro__:
+        function = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return cast(Callable[..., Any], function)
+    raise BackendError(f"{type(module).__name__} has no eager attention function of its own; use backend='sdpa'")
+
+
+def decoder_layers(base: PreTrainedModel) -> list[torch.nn.Module]:
+    """The layers of a backbone, first to last.
+
+    Raises
+    ------
+    BackendError
+        No list of ``num_hidden_layers`` modules in it.
+    """
+    count = base.config.num_hidden_layers
+    for child in base.children():
+        if isinstance(child, torch.nn.ModuleList) and len(child) == count:
+            return list(child)
+    raise BackendError(f"{type(base).__name__} keeps its layers in a way that leattn does not know; interventions need them")
+
+
+def attention_of(layer: torch.nn.Module) -> torch.nn.Module:
+    """The self-attention module of a layer: the child that knows its layer index.
+
+    Raises
+    ------
+    BackendError
+        A layer without one, or with several.
+    """
+    found = [child for child in layer.children() if hasattr(child, "layer_idx") and "Attention" in type(child).__name__]
+    if len(found) != 1:
+        raise BackendError(f"{type(layer).__name__} has {len(found)} attention modules; this needs layers with exactly one")
+    return found[0]
 
 
 def _wrap(name: str, original: MaskFunction, answer: Answer) -> MaskFunction:

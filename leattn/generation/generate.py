@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from leattn.backends import hf
 from leattn.backends.attend import attend, check_positions
-from leattn.backends.binding import Attention, several_sinks
+from leattn.backends.binding import Attention
+from leattn.backends.call import several_sinks
 from leattn.compile import CompiledPrompt, compile_prompt
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode
