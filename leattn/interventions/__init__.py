@@ -1,0 +1,21 @@
+"""Operations on a model while it runs a prompt: exact, composable, undone when their block ends."""
+
+from leattn.interventions.classic import from_atman, from_attend_first
+from leattn.interventions.hidden import Freeze, Inject, RandomNoise, Shuffle, SkipAttention, States, capture
+from leattn.interventions.intervene import Operation, intervene
+from leattn.interventions.scores import Suppress
+
+__all__ = [
+    "Freeze",
+    "Inject",
+    "Operation",
+    "RandomNoise",
+    "Shuffle",
+    "SkipAttention",
+    "States",
+    "Suppress",
+    "capture",
+    "from_atman",
+    "from_attend_first",
+    "intervene",
+]

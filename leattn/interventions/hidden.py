@@ -1,0 +1,260 @@
+"""Operations on hidden states: Freeze, RandomNoise, Shuffle, SkipAttention, Inject, and capture.
+
+After Ben Artzy and Schwartz, *Attend First, Consolidate Later* (arXiv 2409.03621). ``h_l[t]`` is the input of layer l at token
+t; layers count from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from leattn.backends.attend import forward
+from leattn.backends.batch import Batch
+from leattn.compile import CompiledPrompt
+from leattn.errors import LeattnError, choices
+from leattn.interventions.operation import Layers, Selection, State, checked_layers, checked_rows
+from leattn.interventions.where import Place, Where, tokens_at
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """From a layer on, the tokens keep the state they had: ``h_l[t] := c_t`` before every layer l ≥ ``layer``.
+
+    ``source="input"`` holds ``c_t = h_layer[t]``; ``"previous"`` holds ``h_{layer−1}[t]``, as the published code does. A
+    layer past the last changes nothing.
+    """
+
+    layer: int
+    tokens: Where | None = None
+    source: Literal["input", "previous"] = "input"
+    rows: Sequence[int] | None = None
+    generated: bool = False
+
+    def bind(self, batch: Batch, layers: int) -> _Freeze:  # noqa: ARG002
+        if self.source not in ("input", "previous"):
+            raise LeattnError(choices("source", self.source, ("input", "previous")))
+        if self.layer < 0:
+            raise LeattnError(f"Freeze names layer {self.layer}; layers count from 0")
+        if self.source == "previous" and self.layer == 0:
+            raise LeattnError("Freeze(layer=0, source='previous') has no layer before; use source='input' or a later layer")
+        return _Freeze(self, Selection.build(batch, self.tokens, self.rows, generated=self.generated))
+
+
+class _Freeze:
+    def __init__(self, operation: Freeze, selection: Selection) -> None:
+        self.operation, self.selection = operation, selection
+        self.held: torch.Tensor | None = None
+
+    def edit(self, state: State, hidden: torch.Tensor) -> torch.Tensor:
+        start = self.operation.layer
+        if state.layer == (start if self.operation.source == "input" else start - 1):
+            self.held = hidden
+        if state.layer < start or self.held is None:
+            return hidden
+        selected = self.selection.at(state.columns, state.rows_per_prompt, hidden.device)
+        return torch.where(selected[..., None], self.held.to(hidden.device), hidden)
+
+
+@dataclass(frozen=True)
+class RandomNoise:
+    """Once, at each of the layers: the tokens' states become random directions of the same norm.
+
+    ``h_k[t] := v · ‖h_k[t]‖ / ‖v‖`` with v standard normal in the model's dtype. The draw depends on the seed, the layer and
+    the token's index in its prompt, so that it is the same with and without a cache, alone and in a batch. A
+    ``torch.Generator`` as seed is drawn from once per :func:`intervene`.
+    """
+
+    layer: Layers
+    tokens: Where | None = None
+    seed: int | torch.Generator = 0
+    rows: Sequence[int] | None = None
+    generated: bool = False
+
+    def bind(self, batch: Batch, layers: int) -> _PerToken:
+        seed = _seed(self.seed)
+
+        def noise(state: State, token: int, vector: torch.Tensor) -> torch.Tensor:
+            v = torch.randn(len(vector), generator=_generator(seed, state.layer, token)).to(vector)
+            scaled: torch.Tensor = v * (vector.norm() / v.norm())
+            return scaled
+
+        chosen = checked_layers("RandomNoise", self.layer, layers)
+        return _PerToken(chosen, Selection.build(batch, self.tokens, self.rows, generated=self.generated), noise)
+
+
+@dataclass(frozen=True)
+class Shuffle:
+    """Once, at each of the layers: the **channels** of each token's state are permuted, a fresh permutation per token.
+
+    ``seeding="published"`` uses the CPU ``randperm(d)`` of a generator seeded with ``layer · t``, t the token's index.
+    """
+
+    layer: Layers
+    tokens: Where | None = None
+    seed: int | torch.Generator = 0
+    seeding: Literal["own", "published"] = "own"
+    rows: Sequence[int] | None = None
+    generated: bool = False
+
+    def bind(self, batch: Batch, layers: int) -> _PerToken:
+        if self.seeding not in ("own", "published"):
+            raise LeattnError(choices("seeding", self.seeding, ("own", "published")))
+        seed = _seed(self.seed)
+
+        def shuffle(state: State, token: int, vector: torch.Tensor) -> torch.Tensor:
+            if self.seeding == "published":
+                generator = torch.Generator().manual_seed(state.layer * token)
+            else:
+                generator = _generator(seed, state.layer, token)
+            return vector[torch.randperm(len(vector), generator=generator).to(vector.device)]
+
+        chosen = checked_layers("Shuffle", self.layer, layers)
+        return _PerToken(chosen, Selection.build(batch, self.tokens, self.rows, generated=self.generated), shuffle)
+
+
+class _PerToken:
+    """Applies ``change(state, token index, vector [d]) → vector`` to the selected tokens of the chosen layers."""
+
+    def __init__(self, layers: frozenset[int], selection: Selection, change: Any) -> None:
+        self.layers, self.selection, self.change = layers, selection, change
+
+    def edit(self, state: State, hidden: torch.Tensor) -> torch.Tensor:
+        if state.layer not in self.layers:
+            return hidden
+        selected = self.selection.at(state.columns, state.rows_per_prompt, hidden.device).nonzero().tolist()
+        if not selected:
+            return hidden
+        changed = [self.change(state, state.token_index(row, state.columns.start + i), hidden[row, i]) for row, i in selected]
+        where = tuple(torch.tensor(selected, device=hidden.device).T)
+        return hidden.index_put(where, torch.stack(changed))
+
+
+@dataclass(frozen=True)
+class SkipAttention:
+    """In each of the layers the attention sublayer adds nothing to the residual stream, for all tokens, at every step.
+
+    In LLaMA ``h_{l+1} = h_l + MLP(norm(h_l))``. Keys and values are still written.
+    """
+
+    layers: Layers
+
+    def bind(self, layers: int) -> frozenset[int]:
+        return checked_layers("SkipAttention", self.layers, layers)
+
+
+@dataclass(frozen=True, eq=False)
+class Inject:
+    """Once, at each of the layers, tokens get other states: ``h_k[t] := v``.
+
+    ``states`` maps a place (node, id, index, span) to a tensor ``[n, d]``, n being its tokens, or ``[d]`` for one token. They
+    usually come from :func:`capture`.
+    """
+
+    layer: Layers
+    states: Mapping[Place, torch.Tensor]
+    rows: Sequence[int] | None = None
+
+    def bind(self, batch: Batch, layers: int) -> _Inject:
+        chosen = checked_layers("Inject", self.layer, layers)
+        columns = batch.table.columns
+        entries = []
+        for p in checked_rows(self.rows, len(batch.prompts)):
+            prompt = batch.prompts[p]
+            for place, value in self.states.items():
+                tokens = tokens_at(prompt, place)
+                vectors = value[None] if value.dim() == 1 else value
+                if vectors.dim() != 2 or len(vectors) != len(tokens):
+                    raise LeattnError(
+                        f"Inject at {_name(place)} has states {list(value.shape)} for {len(tokens)} tokens; "
+                        f"give [{len(tokens)}, hidden size]"
+                    )
+                order = torch.tensor(tokens) + columns - len(prompt)
+                entries.append((p, order, vectors))
+        return _Inject(chosen, entries, len(batch.prompts), columns)
+
+
+class _Inject:
+    def __init__(
+        self, layers: frozenset[int], entries: Sequence[tuple[int, torch.Tensor, torch.Tensor]], prompts: int, columns: int
+    ) -> None:
+        self.layers = layers
+        self.mask = torch.zeros(prompts, columns, dtype=torch.bool)
+        width = entries[0][2].shape[1] if entries else 0
+        self.values = torch.zeros(prompts, columns, width, dtype=entries[0][2].dtype if entries else torch.float32)
+        for p, order, vectors in entries:
+            if vectors.shape[1] != width:
+                raise LeattnError(f"Inject has states of {width} and of {vectors.shape[1]} channels; give one model's")
+            self.mask[p, order] = True
+            self.values[p, order] = vectors.detach().to(self.values)
+
+    def edit(self, state: State, hidden: torch.Tensor) -> torch.Tensor:
+        if state.layer not in self.layers or state.columns.start >= self.mask.shape[1]:
+            return hidden
+        if self.values.shape[2] not in (0, hidden.shape[-1]):
+            raise LeattnError(f"Inject has states of {self.values.shape[2]} channels, the model has {hidden.shape[-1]}")
+        stop = min(state.columns.stop, self.mask.shape[1])
+        part = slice(state.columns.start, stop)
+        mask = self.mask[:, part].repeat_interleave(state.rows_per_prompt, 0).to(hidden.device)
+        values = self.values[:, part].repeat_interleave(state.rows_per_prompt, 0).to(hidden)
+        if not mask.any():
+            return hidden
+        edited = torch.where(mask[..., None], values, hidden[:, : mask.shape[1]])
+        return torch.cat([edited, hidden[:, mask.shape[1] :]], 1)
+
+
+@dataclass(frozen=True, eq=False)
+class States(Mapping[Place, torch.Tensor]):
+    """Hidden states of one layer on one prompt: ``states[node_or_id]`` is ``[n, d]``, ``states[index]`` is ``[d]``.
+
+    As a mapping it goes over the prompt's nodes, so that it can be given to :class:`Inject` whole.
+    """
+
+    prompt: CompiledPrompt
+    layer: int
+    hidden: torch.Tensor
+
+    def __getitem__(self, place: Place) -> torch.Tensor:
+        tokens = tokens_at(self.prompt, place)
+        return self.hidden[tokens[0]] if isinstance(place, int) else self.hidden[tokens]
+
+    def __iter__(self) -> Iterator[Place]:
+        return iter(self.prompt.graph.nodes)
+
+    def __len__(self) -> int:
+        return len(self.prompt.graph)
+
+
+def capture(model: Any, prompt: CompiledPrompt, *, layer: int, backend: str = "auto") -> States:
+    """The inputs of a layer on a prompt, for :class:`Inject`.
+
+    Examples
+    --------
+    >>> import leattn
+    >>> model, tokenizer = leattn.tiny.load()
+    >>> prompt = leattn.compile_prompt(leattn.ICLNode("The sky", id="a"), tokenizer)
+    >>> states = capture(model, prompt, layer=1)
+    >>> states["a"].shape == (len(prompt), model.config.hidden_size)
+    True
+    """
+    checked_layers("capture", layer, model.config.num_hidden_layers)
+    with torch.no_grad():
+        output = forward(model, prompt, backend=backend, output_hidden_states=True, use_cache=False)
+    return States(prompt, layer, output.hidden_states[layer][0])
+
+
+def _seed(seed: int | torch.Generator) -> int:
+    if isinstance(seed, torch.Generator):
+        return int(torch.randint(2**62, (1,), generator=seed, device=seed.device))
+    return seed
+
+
+def _generator(seed: int, layer: int, token: int) -> torch.Generator:
+    return torch.Generator().manual_seed(hash((seed, layer, token)) % 2**63)
+
+
+def _name(place: Place) -> str:
+    return str(place) if not isinstance(place, str) else repr(place)

@@ -1,0 +1,160 @@
+"""Operations on attention scores, in the manner of AtMan (Deiseroth et al., arXiv 2301.08110): Suppress."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from leattn.backends.batch import Batch
+from leattn.backends.binding import Call
+from leattn.errors import BackendError, LeattnError, choices
+from leattn.interventions.operation import Layers, Selection, checked_layers, checked_rows
+from leattn.interventions.where import Where, tokens_at
+
+Mode = Literal["multiplicative", "additive", "weight"]
+MODES = ("multiplicative", "additive", "weight")
+
+
+@dataclass(frozen=True)
+class Suppress:
+    """Change how much attention key tokens get, before the softmax, for chosen layers, heads and queries.
+
+    Parameters
+    ----------
+    tokens
+        The key tokens: nodes, ids, indices, spans.
+    factor
+        One number for all of them, or one per token in the order of ``tokens``.
+    mode
+        ``"multiplicative"``: ``S'[q,j] = f_j · S[q,j] + (1 − f_j) · m_q`` with ``m_q`` the smallest score that q sees: f < 1
+        suppresses, f > 1 amplifies. ``"additive"``: the factor is added to the scaled score. ``"weight"``: the un-normalised
+        attention weight is multiplied by f; 0 cuts.
+    shift
+        ``"visible"``: ``m_q`` over the keys that q sees. ``"all"``: over masked ones too, as published; a future token then
+        changes earlier rows, so it is only for reproducing published numbers and is refused with a cache.
+    layers, heads
+        All of them for None.
+    queries
+        The query tokens it holds for; all of them, generated ones included, for None.
+    rows
+        Prompts of a batch; all of them for None.
+    """
+
+    tokens: Where
+    factor: float | Sequence[float]
+    mode: Mode = "multiplicative"
+    shift: Literal["visible", "all"] = "visible"
+    layers: Layers | None = None
+    heads: int | Sequence[int] | None = None
+    queries: Where | None = None
+    rows: Sequence[int] | None = None
+
+    def bind(self, batch: Batch, layers: int, heads: int) -> BoundSuppress:
+        """Resolve names against prompts and check everything, before anything runs."""
+        if self.mode not in MODES:
+            raise LeattnError(choices("mode", self.mode, MODES))
+        if self.shift not in ("visible", "all"):
+            raise LeattnError(choices("shift", self.shift, ("visible", "all")))
+        chosen = None if self.heads is None else [self.heads] if isinstance(self.heads, int) else list(self.heads)
+        for head in chosen or ():
+            if not 0 <= head < heads:
+                raise LeattnError(f"Suppress names head {head}; this model has heads 0 to {heads - 1}")
+        neutral = 0.0 if self.mode == "additive" else 1.0
+        columns = batch.table.columns
+        factors = torch.full((len(batch.prompts), columns), neutral)
+        for p in checked_rows(self.rows, len(batch.prompts)):
+            prompt = batch.prompts[p]
+            tokens = tokens_at(prompt, self.tokens)
+            given = [float(self.factor)] * len(tokens) if isinstance(self.factor, (int, float)) else list(self.factor)
+            if len(given) != len(tokens):
+                raise LeattnError(
+                    f"Suppress has {len(given)} factors for {len(tokens)} tokens; give one number, or one per token"
+                )
+            if self.mode == "weight" and min(given, default=0.0) < 0:
+                raise LeattnError(f"a weight is multiplied by {min(given)}; weights stay positive, so give a factor >= 0")
+            factors[p, torch.tensor(tokens, dtype=torch.long) + columns - len(prompt)] = torch.tensor(given, dtype=torch.float)
+        queries = None if self.queries is None else Selection.build(batch, self.queries, self.rows)
+        named = checked_layers("Suppress", self.layers, layers)
+        return BoundSuppress(self, named, chosen, factors, neutral, queries)
+
+
+@dataclass(frozen=True, eq=False)
+class BoundSuppress:
+    """A :class:`Suppress` that knows its prompts: ``factors`` ``[P, S]`` by column, ``neutral`` where nothing is asked."""
+
+    operation: Suppress
+    layers: frozenset[int]
+    heads: list[int] | None
+    factors: torch.Tensor
+    neutral: float
+    queries: Selection | None
+
+    def touches(self, layer: int) -> bool:
+        return layer in self.layers and bool((self.factors != self.neutral).any())
+
+    def scores(self, call: Call, scores: torch.Tensor, visible: torch.Tensor, rows_per_prompt: int) -> torch.Tensor:
+        """Scaled (and soft-capped) scores ``[B, H, Q, K]``, changed where asked; ``visible`` broadcasts to them."""
+        keys = scores.shape[-1]
+        new = max(0, keys - self.factors.shape[1])
+        factors = torch.nn.functional.pad(self.factors, (0, new), value=self.neutral)[:, :keys]
+        factors = factors.repeat_interleave(rows_per_prompt, 0).to(scores)[:, None, None]  # [B, 1, 1, K]
+        if self.operation.mode == "multiplicative":
+            everything = scores if self.operation.shift == "all" else scores.masked_fill(~visible, torch.inf)
+            least = everything.amin(-1, keepdim=True)
+            changed = factors * scores + (1 - factors) * least
+        elif self.operation.mode == "additive":
+            changed = scores + factors
+        else:
+            changed = scores + factors.log().clamp(min=torch.finfo(scores.dtype).min / 4)
+        asked = factors != self.neutral
+        if self.queries is not None:
+            asked = asked & self.queries.at(call.columns, rows_per_prompt, scores.device)[:, None, :, None]
+        if self.heads is not None:
+            of_heads = torch.zeros(scores.shape[1], dtype=torch.bool, device=scores.device)
+            of_heads[self.heads] = True
+            asked = asked & of_heads[:, None, None]
+        return torch.where(asked, changed, scores)
+
+
+class Suppression:
+    """All score operations of a block, around a backend's attention: what they change becomes part of its mask."""
+
+    def __init__(self, operations: Sequence[BoundSuppress]) -> None:
+        self.operations = operations
+
+    def before(self, call: Call) -> torch.Tensor | None:
+        operations = [operation for operation in self.operations if operation.touches(call.layer)]
+        mask: torch.Tensor | None = call.mask
+        if not operations or mask is None:
+            return mask
+        for operation in operations:
+            if operation.operation.shift == "all" and call.columns.start > 0:
+                raise BackendError(
+                    "shift='all' lets later tokens change earlier rows, which a cache cannot follow; use_cache=False"
+                )
+        rows_per_prompt = call.attention.batch.repeats(len(call.query))
+        scores = raw_scores(call)
+        visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        changed = scores
+        for operation in operations:
+            changed = operation.scores(call, changed, visible, rows_per_prompt)
+        if torch.equal(changed, scores):
+            return mask
+        added = torch.zeros_like(mask, dtype=call.query.dtype).masked_fill(~visible, torch.finfo(call.query.dtype).min)
+        added = added if mask.dtype == torch.bool else mask
+        return (added + (changed - scores).to(added.dtype)).clamp(min=torch.finfo(added.dtype).min)
+
+    def after(self, call: Call) -> None:
+        """Nothing to look at."""
+
+
+def raw_scores(call: Call) -> torch.Tensor:
+    """Scaled scores of a call before mask and softmax, soft-capped where the model does so, ``[B, H, Q, K]``."""
+    rows, heads, length, size = call.query.shape
+    groups, keys = call.key.shape[1], call.key.shape[2]
+    query = call.query.reshape(rows, groups, heads // groups * length, size)
+    scores = (query @ call.key.transpose(2, 3)).reshape(rows, heads, length, keys) * call.scaling
+    return scores if call.softcap is None else call.softcap * torch.tanh(scores / call.softcap)
