@@ -40,7 +40,8 @@ _HOMES = {
     ],
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
-_MODULES = ("tiny", "viz")
+_PLANNED = ("GenNode", "KVStore", "patterns")
+_MODULES = ("analysis", "interventions", "tiny", "viz")
 
 # Spelled out for type checkers; a test holds it equal to the table above.
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "ICLNode",
     "LeattnError",
     "LeattnWarning",
+    "analysis",
     "attend",
     "bos",
     "build_attention_matrix",
@@ -65,6 +67,7 @@ __all__ = [
     "from_segments",
     "generate",
     "generate_flex_attention_mask_mod",
+    "interventions",
     "parallel",
     "paraphrase_group",
     "paraphrase_segments",
@@ -77,7 +80,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from leattn import tiny, viz
+    from leattn import analysis, interventions, tiny, viz
     from leattn.backends.attend import attend, forward
     from leattn.backends.check import check_model
     from leattn.compile import CompiledPrompt, compile_prompt
@@ -105,6 +108,8 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"leattn.{_HOME[name]}"), name)
     if name in _MODULES:
         return importlib.import_module(f"leattn.{name}")
+    if name in _PLANNED:
+        raise AttributeError(f"{name} is not part of leattn {__version__}; the README says what is there")
     raise AttributeError(f"leattn {__version__} has no {name!r}; it has {', '.join(__all__)}")
 
 

@@ -111,7 +111,7 @@ def test_the_models_own_forward_follows_the_graph_inside_the_block_only():
     assert torch.equal(plain_logits(model, prompt.input_ids), plain)
 
 
-@pytest.mark.parametrize(("family", "backend"), SERVED)
+@pytest.mark.parametrize(("family", "backend"), [pair for pair in SERVED if pair[1] != "sparse"])
 def test_inputs_run_the_graph_without_attend(family, backend):
     """The masks for loops of one's own, a dict where layers differ."""
     model = make_model(family, "flex_attention" if backend == "flex" else backend)
@@ -140,7 +140,7 @@ def test_a_flash_model_is_moved_under_auto_and_refused_by_name():
         torch.testing.assert_close(model(**attention.inputs).logits, expected)
     assert model.config._attn_implementation == "flash_attention_2"
     with pytest.raises(
-        BackendError, match="unknown backend 'flash_attention_2'; choose one of 'auto', 'eager', 'sdpa', 'flex'"
+        BackendError, match="unknown backend 'flash_attention_2'; choose one of 'auto', 'eager', 'sdpa', 'flex', 'sparse'"
     ):
         leattn.forward(model, fan(), backend="flash_attention_2")
 
@@ -242,6 +242,25 @@ def test_a_users_boolean_mask(backend, mode):
 def test_a_users_mask_in_the_wrong_form_is_refused(mask, words):
     with pytest.raises(BackendError, match=words):
         leattn.forward(shared_model("llama"), fan(), mask=mask)
+
+
+def test_what_sparse_cannot_carry_is_refused():
+    model, prompt = make_model("llama"), fan()
+    with pytest.raises(BackendError, match="sparse takes no mask of your own"):
+        leattn.forward(model, prompt, backend="sparse", mask=torch.ones(1, 1, 17, 17, dtype=torch.bool))
+    hidden = torch.ones(1, 17, dtype=torch.long)
+    hidden[0, 2] = 0
+    with attend(model, prompt, backend="sparse"), pytest.raises(BackendError, match="hides tokens of a prompt"):
+        model(prompt.input_ids, attention_mask=hidden)
+    model.set_attn_implementation("leattn_sparse")
+    with pytest.raises(BackendError, match=r"sparse runs inside leattn.attend only"):
+        model(prompt.input_ids)
+    model.set_attn_implementation("eager")
+    model.config.attention_dropout = 0.1
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    with pytest.raises(BackendError, match=r"no attention dropout; use model.eval"):
+        leattn.forward(model.train(), prompt, backend="sparse")
 
 
 def test_an_additive_mask_is_refused_by_flex():

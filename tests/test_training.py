@@ -78,6 +78,15 @@ def test_checkpointing_with_another_implementation_is_refused():
     assert not model.model._forward_pre_hooks
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_gradients_through_the_sparse_backend(family):
+    model, prompt = make_model(family), fan()
+    expected = by_hand(model, prompt)
+    with leattn.attend(model, prompt, backend="sparse") as attention:
+        loss = target_loss(model(**attention.inputs, use_cache=False).logits, prompt)
+    assert_same(gradients(model, loss), expected, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_autocast(backend):
     model, prompt = make_model("llama", backend), fan()

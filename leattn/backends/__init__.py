@@ -4,5 +4,6 @@ from leattn.backends.eager import Eager
 from leattn.backends.flex import Flex
 from leattn.backends.kinds import Backend
 from leattn.backends.sdpa import Sdpa
+from leattn.backends.sparse import Sparse
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Eager(), Sdpa(), Flex())}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Eager(), Sdpa(), Flex(), Sparse())}

@@ -90,6 +90,15 @@ class Batch:
             )
         return rows // len(self.prompts)
 
+    def is_own_padding(self, request: MaskRequest) -> bool:
+        """Whether the caller's attention_mask hides nothing but the padding, which the table hides already."""
+        if request.padding is None:
+            return True
+        starts = torch.tensor(self.table.padding, device=request.padding.device)
+        starts = starts.repeat_interleave(self.repeats(request.rows))
+        index = torch.arange(request.padding.shape[1], device=request.padding.device)
+        return bool((request.padding.bool() | (index < starts[:, None])).all())
+
     def allowed(self, request: MaskRequest) -> torch.Tensor:
         """Who may attend, ``[B, 1 or H, Q, K]`` bool: the graph, the user's mask if boolean, and the caller's padding."""
         queries = torch.arange(request.queries.start, request.queries.stop, device=request.device)

@@ -104,7 +104,9 @@ _forwards: ContextVar[tuple[Attention, ...]] = ContextVar("leattn_forwards", def
 @contextmanager
 def follow(attention: Attention) -> Iterator[Attention]:
     """The block itself, without any check of whether the model can do it."""
-    hf.install([backend.implementation for backend in BACKENDS.values()], _answer, _attention)
+    theirs = [backend.implementation for backend in BACKENDS.values() if backend.function is None]
+    ours = {backend.implementation: backend.function for backend in BACKENDS.values() if backend.function is not None}
+    hf.install(theirs, _answer, {hf.WRAPPED: _attention, **ours})
     outer, active = _attentions.get(), _forwards.get()
     _bind(attention, outer)
     try:

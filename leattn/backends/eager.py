@@ -11,6 +11,7 @@ from leattn.backends.kinds import ModelFacts
 class Eager:
     name = "eager"
     implementation = "eager"
+    function = None
 
     def refusal(self, facts: ModelFacts) -> str | None:
         del facts  # every model that can be served at all runs eager

@@ -20,6 +20,7 @@ BLOCK = 128
 class Flex:
     name = "flex"
     implementation = "flex_attention"
+    function = None
 
     def refusal(self, facts: ModelFacts) -> str | None:
         if facts.sinks and facts.device.type == "cpu":
@@ -47,7 +48,7 @@ class Flex:
         full = counts == BLOCK * BLOCK
         if request.window is not None:
             counts, full = self._windowed(batch, request, counts, full)
-        if request.padding is not None and not self._is_own_padding(batch, request):
+        if not batch.is_own_padding(request):
             mask_mod, full = _and_padding(mask_mod, request), torch.zeros_like(full)
         return masks.block_mask_from_counts(counts, size, BLOCK, mask_mod, full)
 
@@ -77,15 +78,6 @@ class Flex:
         reaches = query_low[:, :, None] - key_high[:, None] < request.window
         inside = query_high[:, :, None] - key_low[:, None] < request.window
         return counts * reaches, full & inside
-
-    @staticmethod
-    def _is_own_padding(batch: Batch, request: MaskRequest) -> bool:
-        """Whether the caller's attention_mask hides nothing but the padding, which the table hides already."""
-        assert request.padding is not None
-        starts = torch.tensor(batch.table.padding, device=request.padding.device)
-        starts = starts.repeat_interleave(batch.repeats(request.rows))
-        index = torch.arange(request.padding.shape[1], device=request.padding.device)
-        return bool((request.padding.bool() | (index < starts[:, None])).all())
 
     @staticmethod
     def _with_user_mask(batch: Batch, request: MaskRequest) -> BlockMask:

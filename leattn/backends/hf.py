@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -128,16 +128,17 @@ WRAPPED = "leattn"
 """Our own name among transformers' attention implementations: a backend's attention with something around it."""
 
 
-def install(implementations: list[str], answer: Answer, attention: Callable[..., Any]) -> None:
+def install(implementations: list[str], answer: Answer, functions: Mapping[str, Callable[..., Any]]) -> None:
     """Put ``answer`` in front of transformers' mask functions; it is asked first, and may hand on to the original.
 
     Under their own names, because some families compare the name of the implementation. A wrapper that finds nothing to do
     passes straight through, so it stays in place.
     """
-    if WRAPPED not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(WRAPPED, attention)
-        AttentionMaskInterface.register(WRAPPED, eager_mask)
-    for name in [*implementations, WRAPPED]:
+    for name, function in functions.items():
+        if name not in ALL_ATTENTION_FUNCTIONS:
+            AttentionInterface.register(name, function)
+            AttentionMaskInterface.register(name, eager_mask)
+    for name in [*implementations, *functions]:
         original = ALL_MASK_ATTENTION_FUNCTIONS[name]
         if not hasattr(original, "leattn_original"):
             AttentionMaskInterface.register(name, _wrap(name, original, answer))

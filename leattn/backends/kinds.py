@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,8 +40,17 @@ class ModelFacts:
 class Backend(Protocol):
     """A way to run the graph's attention through one of transformers' implementations."""
 
-    name: str
-    implementation: str
+    @property
+    def name(self) -> str:
+        """What users call it."""
+
+    @property
+    def implementation(self) -> str:
+        """What transformers calls it."""
+
+    @property
+    def function(self) -> Callable[..., Any] | None:
+        """The attention function under that name, if it is ours and not transformers'."""
 
     def refusal(self, facts: ModelFacts) -> str | None:
         """Why this backend cannot serve such a model, in words that follow "backend 'name' cannot run this model: "."""

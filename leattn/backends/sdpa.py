@@ -11,6 +11,7 @@ from leattn.backends.kinds import ModelFacts
 class Sdpa:
     name = "sdpa"
     implementation = "sdpa"
+    function = None
 
     def refusal(self, facts: ModelFacts) -> str | None:
         if facts.softcap:

@@ -1,0 +1,132 @@
+"""The sparse backend: attention against a dense mask, on every kind of group its plan makes, and nothing of size S × S."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from strategies import VISIBILITIES, graphs
+
+from leattn import ICLNode, causal, chain, compile_prompt, parallel
+from leattn.backends.batch import Batch, MaskRequest
+from leattn.backends.plan import Group, plan_groups
+from leattn.backends.sparse import Plan, sparse_attention
+
+
+def request(rows, first, stop):
+    return MaskRequest(rows, range(first, stop), stop, None, torch.float32, torch.device("cpu"), None)
+
+
+def dense(query, key, value, mask):
+    """Softmax attention by hand, ``[B, Q, H, D]``; mask ``[B, Q, K]``."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (query @ key.transpose(2, 3)) * query.shape[-1] ** -0.5
+    return (scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1) @ value).transpose(1, 2)
+
+
+def tensors(rows, length, keys, *, heads=4, groups=2, size=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((rows, heads, length, size), (rows, groups, keys, size), (rows, groups, keys, size))
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def check(prompts, first=0, beyond=0, repeats=1):
+    """Compare the columns from ``first`` on, with ``beyond`` generated ones, against the mask table's rows."""
+    batch = Batch(prompts, torch.device("cpu"))
+    stop = batch.table.columns + beyond
+    rows = len(prompts) * repeats
+    query, key, value = tensors(rows, stop - first, stop)
+    mask = batch.table.rows(torch.arange(first, stop), stop).repeat_interleave(repeats, 0)
+    plan = Plan(batch, request(rows, first, stop))
+    real = torch.arange(first, stop) >= torch.tensor(batch.table.padding).repeat_interleave(repeats)[:, None]
+    for grad in (False, True):  # with gradients the kernels without log-sum-exp run
+        with torch.set_grad_enabled(grad):
+            output = sparse_attention(None, query.requires_grad_(grad), key, value, plan)[0]
+        torch.testing.assert_close(output[real], dense(query, key, value, mask)[real], rtol=1e-4, atol=1e-5)
+    return plan
+
+
+@settings(max_examples=60)
+@given(graph=graphs(max_nodes=9, max_tokens=9), visibility=VISIBILITIES)
+def test_random_graphs(graph, visibility):
+    check([compile_prompt(graph, visibility=visibility)])
+
+
+@settings(max_examples=25)
+@given(one=graphs(max_nodes=6), two=graphs(max_nodes=6))
+def test_batches_beams_continuations_and_decoding(one, two):
+    # A continuation needs one sink; the last node of the layout is what it continues.
+    prompts = [compile_prompt(ICLNode([1, 2], graph.sinks)) for graph in (one, two)]
+    check(prompts, beyond=3, repeats=2)
+    columns = max(len(prompt) for prompt in prompts)
+    check(prompts, first=columns, beyond=1, repeats=2)
+    check(prompts, first=columns + 1, beyond=4)
+
+
+@settings(max_examples=25)
+@given(graph=graphs(max_nodes=6, max_tokens=6))
+def test_chunked_prefill(graph):
+    prompt = compile_prompt(graph)
+    for first in range(0, len(prompt), 3):
+        check([prompt], first=first)
+
+
+def ids(count):
+    return [1] * count
+
+
+HEAD = ICLNode(ids(5))
+SHAPES = {
+    "siblings": compile_prompt(ICLNode(ids(6), [HEAD, *parallel([ids(7)] * 30, [HEAD])])),
+    "long siblings": compile_prompt(ICLNode(ids(70), parallel([ids(200)] * 3))),
+    "longer than a step": compile_prompt(parallel([ids(1100)] * 2)),
+    "chain": compile_prompt(chain([ids(30)] * 12)),
+    "chain of long nodes": compile_prompt(chain([ids(150)] * 4)),
+    "causal": compile_prompt(causal([ids(40)] * 6)),
+    "questions on a context": compile_prompt(parallel([ids(32)] * 6, [ICLNode(ids(300))])),
+    "scattered parents": compile_prompt([ICLNode(ids(9), nodes[::2]) for nodes in [parallel([ids(11)] * 6)] for _ in range(3)]),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_kind_of_group(shape):
+    check([SHAPES[shape]])
+
+
+def test_plans_are_few_groups():
+    def plan(shape):
+        prompt = SHAPES[shape]
+        return plan_groups(prompt.visible, prompt.offsets, range(len(prompt)))
+
+    assert plan("causal") == [Group(0, 240, 1, ())]
+    # The first that sees the head is one run with it, as plain causal text would be.
+    assert plan("siblings") == [Group(0, 12, 1, ()), Group(12, 7, 29, ((0, 5),)), Group(215, 6, 1, ((0, 215),))]
+    assert plan("chain") == [Group(0, 60, 1, ()), Group(60, 30, 10, (), window=30)]
+    assert [group.count for group in plan("questions on a context")] == [1, 5]
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """The size of the largest tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, (tuple, list)) else [output]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return output
+
+
+def test_nothing_of_size_s_by_s_is_made():
+    prompt = compile_prompt(ICLNode(ids(64), parallel([ids(256)] * 32)))
+    size = len(prompt)
+    batch = Batch([prompt], torch.device("cpu"))
+    query, key, value = tensors(1, size, size)
+    with torch.no_grad(), Largest() as largest:
+        sparse_attention(None, query, key, value, Plan(batch, request(1, 0, size)))
+    assert largest.elements <= query.numel()
+    assert largest.elements < size * size // 100
