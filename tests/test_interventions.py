@@ -269,6 +269,24 @@ def test_operations_compose_in_order_and_blocks_nest():
     assert torch.equal(alone, logits(model, prompt, [noise]))
 
 
+def test_generate_and_forward_inside_the_block_are_intervened_on_too():
+    model, prompt = shared_model("llama"), fan()
+    operations = [RandomNoise(1, "doc0", seed=1), SkipAttention([2]), Suppress("doc1", 0.2)]
+    expected = logits(model, prompt, operations)
+    with intervene(model, prompt, operations, backend="eager") as attention:
+        inner = leattn.forward(model, prompt, use_cache=False).logits[0]
+        continued = leattn.generate(model, prompt, max_new_tokens=4).token_ids
+        own = model.generate(**attention.inputs, max_new_tokens=4)[0, len(prompt) :]
+        other = fan(seed=5)
+        with leattn.attend(model, other):
+            elsewhere = model(other.input_ids, use_cache=False).logits[0]
+        with pytest.raises(LeattnError, match="no node is called 'doc1'"):
+            leattn.forward(model, compile_prompt(leattn.ICLNode([5, 6], id="doc0")))
+    assert torch.equal(inner, expected)
+    assert continued.tolist() == own.tolist()
+    assert torch.equal(elsewhere, logits(model, other, operations))
+
+
 # Generation, batches, states of the model
 
 

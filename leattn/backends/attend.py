@@ -66,7 +66,10 @@ def attend(
     >>> logits.shape[1] == len(prompt)
     True
     """
-    with follow(prepare(model, prompts, backend=backend, mask=mask, mask_mode=mask_mode)) as attention:
+    attention = prepare(model, prompts, backend=backend, mask=mask, mask_mode=mask_mode)
+    around = innermost(attention.base)
+    enter = follow if around is None or around.reenter is None else around.reenter
+    with enter(attention):
         yield attention
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -35,6 +35,9 @@ class Attention:
     ``attention.inputs`` are the keyword arguments for the model: ``input_ids``, ``attention_mask`` and ``position_ids``,
     ``[P, S]`` each, padded on the left where there are several prompts. ``forwards`` and ``computed`` count the model's
     forward passes in the block, and the tokens they computed (padding and every beam's row included).
+
+    ``wrapped``, ``operations`` and ``reenter`` belong to interventions: what is around each layer's attention, what was asked
+    for, and how a block inside this one is entered so that it is asked for there too.
     """
 
     base: Any
@@ -43,6 +46,7 @@ class Attention:
     facts: ModelFacts
     wrapped: Wrapped | None = None
     operations: tuple[Any, ...] = ()
+    reenter: Callable[[Attention], AbstractContextManager[Attention]] | None = None
     forwards: int = 0
     computed: int = 0
     columns: range = range(0)

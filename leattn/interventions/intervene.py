@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -33,9 +34,10 @@ def intervene(
 ) -> Iterator[Attention]:
     """Follow the graph with operations applied, inside the block and nowhere else. Includes :func:`leattn.attend`.
 
-    Operations on one layer happen in the order given. A block inside another on the same model does the outer one's operations
-    first, on its own prompts. Everything holds under ``generate`` with a cache: the prompt is edited in prefill, generated
-    tokens only where an operation names them; SkipAttention and Suppress hold at every step.
+    Operations on one layer happen in the order given. ``leattn.generate``, ``leattn.forward`` and further blocks inside this
+    one do its operations too, before their own, and look for its names in their own prompts. Everything holds under ``generate``
+    with a cache: the prompt is edited in prefill, generated tokens only where an operation names them; SkipAttention and
+    Suppress hold at every step.
 
     Parameters
     ----------
@@ -66,20 +68,28 @@ def intervene(
                 f"an operation is Suppress, Freeze, RandomNoise, Shuffle, SkipAttention or Inject, not {operation!r}"
             )
     attention = prepare(model, prompts, backend=backend, mask=mask, mask_mode=mask_mode)
-    base = attention.base
-    around = innermost(base)
+    around = innermost(attention.base)
     inherited: tuple[Any, ...] = () if around is None else around.operations
-    attention.operations = (*inherited, *operations)
+    with _applied(attention, (*inherited, *operations)):
+        yield attention
+
+
+@contextmanager
+def _applied(attention: Attention, operations: tuple[Any, ...]) -> Iterator[Attention]:
+    """Follow the graph with these operations, resolved against its prompts."""
+    base = attention.base
     if base.training and getattr(base, "is_gradient_checkpointing", False):
         raise BackendError(
             "gradient checkpointing runs the layers again in backward, after the operations are gone; "
             "call model.gradient_checkpointing_disable() first"
         )
+    attention.operations = operations
+    attention.reenter = partial(_applied, operations=operations)
     layers = hf.decoder_layers(base)
     editors: list[Editor] = []
     skipped: frozenset[int] = frozenset()
     suppressions = []
-    for operation in attention.operations:
+    for operation in operations:
         if isinstance(operation, Suppress):
             suppressions.append(operation.bind(attention.batch, len(layers), base.config.num_attention_heads))
         elif isinstance(operation, SkipAttention):
