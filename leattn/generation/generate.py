@@ -173,6 +173,5 @@ def _results(
             seconds=seconds,
         )
         sink = prompt.graph.names[prompt.graph.sinks[0]]
-        start = int(prompt.position_ids[0, -1]) + 1
-        results.append(Generation(prompt, {sink: tuple(sequences)}, attention.backend.name, stats, start))
+        results.append(Generation(prompt, {sink: tuple(sequences)}, attention.backend.name, stats))
     return results

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 
 import torch
@@ -54,7 +54,6 @@ class Generation:
     branches: Mapping[str, tuple[Sequence, ...]]
     backend: str
     stats: Stats
-    _continuation_start: int = field(repr=False)
 
     @property
     def text(self) -> str:
@@ -94,20 +93,12 @@ class Generation:
     def realised(self) -> ICLGraph:
         """The graph with the (first) continuation as a node, ready to be compiled, plotted or extended.
 
-        The new node sees the continued one and what that one sees; it is called ``"… (continued)"`` after it. Compiled with
-        the same options it has the positions it was generated at. A continuation of no tokens adds no node.
+        The new node sees the continued one and what that one sees; it is called ``"… (continued)"`` after it and pinned to the
+        position at which it was generated. A continuation of no tokens adds no node.
         """
         (name, sequences), *_ = self.branches.items()
         ids = sequences[0].token_ids
-        if not len(ids):
-            return self.prompt.graph
-        sink = self.prompt.graph[name]
-        seen = [*self.prompt.sees(sink), sink]
-        furthest = max(int(self.prompt[node].positions[-1]) + 1 for node in seen)
-        # Pinned only where the plain rule, the furthest end of what it sees, would say something else.
-        start = self._continuation_start
-        pin = None if start == furthest == len(self.prompt) or start == furthest else start
-        return ICLGraph(ICLNode(ids, seen, f"{name} (continued)", start_pos_id=pin))
+        return self.prompt.continued(ids, f"{name} (continued)").graph if len(ids) else self.prompt.graph
 
     def _only_branch(self) -> tuple[Sequence, ...]:
         if len(self.branches) != 1:

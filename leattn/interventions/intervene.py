@@ -35,8 +35,8 @@ def intervene(
     """Follow the graph with operations applied, inside the block and nowhere else. Includes :func:`leattn.attend`.
 
     Operations on one layer happen in the order given. ``leattn.generate``, ``leattn.forward`` and further blocks inside this
-    one do its operations too, before their own, and look for its names in their own prompts. Everything holds under ``generate``
-    with a cache: the prompt is edited in prefill, generated tokens only where an operation names them; SkipAttention and
+    one do its operations too, before their own, and look for its names in their own prompts. All of it holds under a cached
+    ``generate``: the prompt is edited in prefill, generated tokens only where an operation names them; SkipAttention and
     Suppress hold at every step.
 
     Parameters
