@@ -1,4 +1,4 @@
-"""The command line: ``leattn demo``, ``render``, ``generate`` and ``check``."""
+"""The command line: ``leattn demo``, ``render``, ``generate``, ``report`` and ``check``."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def generate(
     model: Model,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens at most.")] = 32,
     seed: Annotated[int | None, typer.Option(help="Sample with this seed; greedy without.")] = None,
-    backend: Annotated[str, typer.Option(help="auto, eager, sdpa or flex.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, eager, sdpa, flex or sparse.")] = "auto",
     positions: Scheme = "after_parents",
     visibility: Sees = "parents",
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")] = "cpu",
@@ -131,6 +131,51 @@ def generate(
     several = len(result.texts) > 1
     for name, text in result.texts.items():
         typer.echo(f"[{name}]{text}" if several else text)
+
+
+@app.command()
+def report(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="A prompt file, or a chat: a YAML or JSON list of messages with role and content."),
+    ],
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the pictures.")],
+    layers: Annotated[str | None, typer.Option(help="Which, such as 0,1,5; the first ten without.")] = None,
+    backend: Annotated[str, typer.Option(help="auto, eager, sdpa, flex or sparse.")] = "auto",
+    positions: Scheme = "after_parents",
+    visibility: Sees = "parents",
+    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")] = "cpu",
+    dtype: Annotated[Dtype, typer.Option(help="auto: as the model was saved.")] = Dtype.auto,
+) -> None:
+    """Run a prompt or a chat once and draw attention between nodes, attention sinks, and norms of states, by layer."""
+    try:
+        chosen = None if layers is None else [int(number) for number in layers.split(",")]
+    except ValueError as error:
+        raise LeattnError(f"--layers takes numbers with commas between them, such as 0,1,5, not {layers!r}") from error
+    chat = _messages(file)
+    graph = ICLGraph.from_file(file) if chat is None else None
+    loaded, tokenizer = _load(model, device, dtype)
+    if graph is None:
+        graph = leattn.from_chat(tokenizer, chat or [])
+    prompt = compile_prompt(graph, tokenizer, positions=positions, visibility=visibility)  # type: ignore[arg-type]
+    traced = leattn.analysis.trace(loaded, prompt, layers=chosen, backend=backend)
+    for path in leattn.viz.save_report(traced, output, layers=chosen):
+        typer.echo(str(path))
+
+
+def _messages(file: Path) -> list[Any] | None:
+    """The messages of a chat file; None for anything else, which is then read, or refused, as a prompt file."""
+    import json
+
+    import yaml
+
+    try:
+        text = file.read_text(encoding="utf-8")
+        data = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        return None
+    return data if isinstance(data, list) else None
 
 
 @app.command()

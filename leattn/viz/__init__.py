@@ -11,14 +11,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {"plot_mask": "mask", "plot_dag": "dag", "plot_attention": "attention", "fold_attention": "fold"}
+_HOMES |= {"plot_attribution": "attribution", "plot_sweep": "sweep"}
+_HOMES |= {"plot_norms": "norms", "plot_sinks": "sinks", "plot_tokens": "tokens", "save_report": "report"}
 
-__all__ = ["fold_attention", "plot_attention", "plot_dag", "plot_mask"]
+__all__ = [
+    "fold_attention",
+    "plot_attention",
+    "plot_attribution",
+    "plot_dag",
+    "plot_mask",
+    "plot_norms",
+    "plot_sinks",
+    "plot_sweep",
+    "plot_tokens",
+    "save_report",
+]
 
 if TYPE_CHECKING:
     from leattn.viz.attention import plot_attention
+    from leattn.viz.attribution import plot_attribution
     from leattn.viz.dag import plot_dag
     from leattn.viz.fold import fold_attention
     from leattn.viz.mask import plot_mask
+    from leattn.viz.norms import plot_norms
+    from leattn.viz.report import save_report
+    from leattn.viz.sinks import plot_sinks
+    from leattn.viz.sweep import plot_sweep
+    from leattn.viz.tokens import plot_tokens
 
 
 def __getattr__(name: str) -> Any:

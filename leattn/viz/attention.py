@@ -14,12 +14,14 @@ from matplotlib.collections import LineCollection
 from leattn.errors import LeattnError, LeattnWarning
 from leattn.viz.brackets import Brackets
 from leattn.viz.fold import check_weights, fold_attention
+from leattn.viz.select import chosen_of, in_words, indices
 from leattn.viz.style import FAINT, INK, MASKED, FloatArray, drawable, new_axes, save, size_inches, text_width
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from leattn.analysis.trace import Trace
     from leattn.compile import CompiledPrompt
 
 ANNOTATED = 14
@@ -29,8 +31,8 @@ STRAY = 1e-3
 
 
 def plot_attention(
-    weights: torch.Tensor | Sequence[torch.Tensor],
-    prompt: CompiledPrompt,
+    weights: torch.Tensor | Sequence[torch.Tensor] | Trace,
+    prompt: CompiledPrompt | None = None,
     *,
     layer: int | Sequence[int] | None = None,
     head: int | Sequence[int] | None = None,
@@ -45,8 +47,9 @@ def plot_attention(
     weights
         ``outputs.attentions`` of eager attention, one tensor ``[1, H, S, S]`` per layer; or one layer's tensor
         ``[1, H, S, S]``, ``[H, S, S]`` or ``[S, S]``. See :func:`leattn.viz.fold_attention` for what is folded how.
+        Or a :class:`leattn.analysis.Trace`, which holds all of it.
     prompt
-        The S tokens that the weights are about.
+        The S tokens that the weights are about; a trace has its own.
     layer, head
         Which to take the mean over: an index, several, or all. Negative ones count from the end.
     ax
@@ -74,7 +77,12 @@ def plot_attention(
     >>> plot_attention(weights, prompt).get_title(loc="left")
     'attention from node to node\nfloat32'
     """
-    mass, what = _reduced(weights, prompt, layer, head)
+    if isinstance(weights, torch.Tensor | Sequence):
+        if prompt is None:
+            raise LeattnError("attention weights alone do not say which nodes they are about; give the prompt, too")
+        mass, what = _reduced(weights, prompt, layer, head)
+    else:
+        mass, what, prompt = *_of_trace(weights, layer, head), weights.prompt
     allowed = _allowed(prompt)
     stray = float((mass * ~allowed).sum() / len(mass))
     if stray > STRAY:
@@ -119,7 +127,7 @@ def plot_attention(
     ax.set_xlabel("key node", fontsize=8, color=FAINT)
     ax.spines[:].set_visible(False)
     brackets.draw(ax)
-    _colour_bar(ax, image)
+    colour_bar(ax, image)
     ax.set_title(title, loc="left", fontsize=10, color=INK, pad=brackets.top * 72 + 6, parse_math=False)
     save(ax, path)
     return ax
@@ -140,9 +148,9 @@ def _reduced(
             )
         chosen = [check_weights(weights, prompt)]
     else:
-        picked = _indices("layer", layer, len(weights))
+        picked = indices("layer", layer, len(weights))
         chosen = [check_weights(weights[i], prompt, f"layer {i}: ") for i in picked]
-        words.append(_in_words("layer", picked, len(weights)))
+        words.append(in_words("layer", picked, len(weights)))
     if not chosen:
         raise LeattnError("there are no attention weights: the sequence is empty; run the model with output_attentions=True")
     first = chosen[0]
@@ -153,8 +161,8 @@ def _reduced(
         )
     heads = first.shape[-3] if first.dim() > 2 else 0
     if heads:
-        picked = _indices("head", head, heads)
-        words.append(_in_words("head", picked, heads))
+        picked = indices("head", head, heads)
+        words.append(in_words("head", picked, heads))
         chosen = [layer_weights[..., picked, :, :] for layer_weights in chosen]
     elif head is not None:
         raise LeattnError(f"head={head!r} of weights [S, S]: they have no heads; give [H, S, S]")
@@ -167,27 +175,11 @@ def _reduced(
     return cast(FloatArray, mean.numpy()), ", ".join(words)
 
 
-def _indices(what: str, given: int | Sequence[int] | None, count: int) -> list[int]:
-    if given is None:
-        return list(range(count))
-    wanted = [given] if isinstance(given, int) else list(given)
-    for index in wanted:
-        if not isinstance(index, int) or not -count <= index < count:
-            raise LeattnError(f"there is no {what} {index!r}: the weights have {count}, numbered 0 to {count - 1}")
-    if not wanted:
-        raise LeattnError(f"{what}=[] chooses nothing; leave it out for the mean over all {count}")
-    return [index % count for index in wanted]
-
-
-def _in_words(what: str, picked: list[int], count: int) -> str:
-    """What was taken the mean of: ``layer 3``, ``mean of 4 layers``, ``mean of heads 0, 2``."""
-    if len(picked) == 1:
-        return f"{what} {picked[0]}"
-    if picked == list(range(count)):
-        return f"mean of all {count} {what}s"
-    if len(picked) > 6:
-        return f"mean of {len(picked)} {what}s"
-    return f"mean of {what}s {', '.join(map(str, picked))}"
+def _of_trace(trace: Trace, layer: int | Sequence[int] | None, head: int | Sequence[int] | None) -> tuple[FloatArray, str]:
+    """The same from what a trace kept."""
+    rows, heads, words = chosen_of(trace, layer, head)
+    mass = trace.mass[rows][:, heads].double().mean((0, 1)).numpy()
+    return cast(FloatArray, mass), f"{words}, {trace.dtype}, {trace.model}"
 
 
 def _allowed(prompt: CompiledPrompt) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
@@ -198,11 +190,17 @@ def _allowed(prompt: CompiledPrompt) -> np.ndarray[tuple[int, int], np.dtype[np.
     return allowed
 
 
-def _colour_bar(ax: Axes, image: matplotlib.image.AxesImage) -> None:
+def colour_bar(
+    ax: Axes,
+    image: matplotlib.image.AxesImage,
+    label: str = "attention (a row sums to 1)",
+    ticks: Sequence[float] | None = (0, 0.25, 0.5, 0.75, 1),
+) -> None:
+    """A small bar to the right of the axes."""
     width, height = size_inches(ax)
     # An inset moves with its axes and takes no room from them.
     inset = ax.inset_axes((1 + 0.12 / width, 0.0, 0.11 / width, min(1.0, 2.4 / height)))
-    bar = cast("Figure", ax.get_figure(root=True)).colorbar(image, cax=inset, ticks=[0, 0.25, 0.5, 0.75, 1])
+    bar = cast("Figure", ax.get_figure(root=True)).colorbar(image, cax=inset, ticks=ticks)
     bar.outline.set_visible(False)
-    bar.set_label("attention (a row sums to 1)", fontsize=7, color=FAINT)
+    bar.set_label(label, fontsize=7, color=FAINT)
     inset.tick_params(length=2, width=0.5, labelsize=7, color=FAINT, labelcolor=FAINT)

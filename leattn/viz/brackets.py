@@ -72,10 +72,10 @@ class Brackets:
         """Inches by which slanted names may reach past the right end."""
         return 0.0 if self.level else max(0.0, self.widest * 0.71 - 0.1)
 
-    def draw(self, ax: Axes) -> None:
+    def draw(self, ax: Axes, sides: Sequence[Literal["left", "top"]] = ("left", "top")) -> None:
         """Queries on the left, keys on top."""
-        self._side(ax, "left")
-        self._side(ax, "top")
+        for side in sides:
+            self._side(ax, side)
 
     def _side(self, ax: Axes, side: Literal["left", "top"]) -> None:
         width, height = size_inches(ax)

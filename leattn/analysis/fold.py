@@ -1,0 +1,177 @@
+"""Attention weights of one layer, recomputed from queries and keys in tiles and folded to nodes. Knows no model.
+
+Shapes: H heads, G key/value heads, S tokens, N nodes, T queries of a tile, C keys that some query of the tile sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from leattn.masks import MaskTable
+
+WHOLE = 512
+"""Up to this many tokens, a side of a pair of nodes is kept token by token."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the attention of a layer is computed from, for one prompt.
+
+    Attributes
+    ----------
+    query, key : Tensor
+        ``[H, S, D]`` and ``[G, S, D]``, as they meet: rotated, normalised.
+    scaling, softcap
+        Of the scores; no soft-cap is None.
+    added : Tensor or None
+        What an intervention adds to the scores, ``[1 or H, S, S]``.
+    sinks : Tensor or None
+        A learned score per head that takes part in the softmax and is no token (gpt_oss), ``[H]``.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    scaling: float
+    softcap: float | None
+    added: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+
+    def weights(self, queries: slice, keys: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """Attention of some queries to the keys ``[C]`` after the softmax, ``[H, T, C]``; ``visible`` is ``[T, C]`` bool."""
+        exact = torch.float64 if self.query.dtype == torch.float64 else torch.float32
+        query, key = self.query[:, queries].to(exact), self.key[:, keys].to(exact)
+        heads, length, size = query.shape
+        groups = len(key)
+        scores = query.reshape(groups, heads // groups * length, size) @ key.transpose(1, 2)
+        scores = scores.reshape(heads, length, -1).mul_(self.scaling)
+        if self.softcap is not None:
+            scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.added is not None:
+            scores += self.added[:, queries][..., keys].to(exact)
+        scores.masked_fill_(~visible, -torch.inf)
+        if self.sinks is None:
+            return scores.softmax(-1)
+        sinks = self.sinks.to(exact)[:, None, None].expand(-1, length, 1)
+        return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The tokens of a query node and of a key node, whose weights are kept one by one, or as maxima of tiles of them."""
+
+    query: range
+    key: range
+
+    @property
+    def pool(self) -> tuple[int, int]:
+        """Query and key tokens per cell: 1 up to :data:`WHOLE` of them."""
+        return -(-len(self.query) // WHOLE), -(-len(self.key) // WHOLE)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return -(-len(self.query) // self.pool[0]), -(-len(self.key) // self.pool[1])
+
+
+@dataclass(frozen=True)
+class Folded:
+    """One layer: ``mass`` ``[H, N, N]``, ``first_tokens`` ``[H, N]`` (see :class:`Trace`), ``pairs`` ``[H, Q, K]`` each."""
+
+    mass: torch.Tensor
+    first_tokens: torch.Tensor
+    pairs: tuple[torch.Tensor, ...]
+
+
+def fold(
+    scores: Scores,
+    offsets: Sequence[int],
+    table: MaskTable,
+    *,
+    window: int | None,
+    pairs: Sequence[Pair] = (),
+    tile_bytes: int,
+    mask: torch.Tensor | None = None,
+) -> Folded:
+    """Go over the queries in tiles of at most ``tile_bytes`` of weights (at least one query) and sum them up by node.
+
+    Parameters
+    ----------
+    scores
+        Of one layer, on the device where everything is computed.
+    offsets
+        Node i holds the tokens ``offsets[i]`` to ``offsets[i + 1]``.
+    table
+        Who sees whom, on the same device; one prompt without padding.
+    window
+        Of the layer, in positions.
+    mask
+        What the backend ran with, ``[S, S]``, boolean or additive: compared with the table's.
+
+    Raises
+    ------
+    ValueError
+        The backend's mask is another one than the table's.
+    """
+    heads, length, _ = scores.query.shape
+    device, nodes = scores.query.device, len(offsets) - 1
+    exact = torch.float64 if scores.query.dtype == torch.float64 else torch.float32
+    bounds = torch.tensor(offsets, device=device)
+    node_of = torch.repeat_interleave(torch.arange(nodes, device=device), bounds.diff())
+    is_first = torch.zeros(length, dtype=torch.bool, device=device)
+    is_first[bounds[:-1]] = True
+    mass = torch.zeros(nodes, nodes, heads, dtype=exact, device=device)  # key node, query node, head
+    given = torch.zeros(heads, nodes, dtype=exact, device=device)
+    seen_by = torch.zeros(nodes, dtype=exact, device=device)
+    kept = tuple(torch.zeros(heads, *pair.shape, dtype=exact, device=device) for pair in pairs)
+
+    step = max(1, tile_bytes // (heads * length * 4))
+    for start in range(0, length, step):
+        stop = min(start + step, length)
+        queries = torch.arange(start, stop, device=device)
+        # The layout is topological: nobody sees a later token.
+        visible = table.rows(queries, stop, window=window)[0]
+        if mask is not None and not _same(mask[start:stop], visible):
+            raise ValueError("the backend's mask is not the graph's")
+        columns = visible.any(0).nonzero()[:, 0]
+        visible = visible[:, columns]
+        weights = scores.weights(slice(start, stop), columns, visible)
+
+        # Queries first: neighbours in memory, and far fewer rows are left for the keys.
+        present, lengths = torch.unique_consecutive(node_of[start:stop], return_counts=True)
+        by_query = torch.stack([part.sum(1) for part in torch.split(weights, lengths.tolist(), 1)], 1)  # [H, n, C]
+        rows = torch.zeros(nodes, len(present), heads, dtype=exact, device=device)
+        rows.index_add_(0, node_of[columns], by_query.permute(2, 1, 0).contiguous())
+        mass[:, present] += rows
+
+        at = is_first[columns].nonzero()[:, 0]
+        others = visible[:, at] & (queries[:, None] != columns[at])
+        given[:, node_of[columns[at]]] += (weights[..., at] * others).sum(1)
+        seen_by[node_of[columns[at]]] += others.sum(0)
+        for pair, into in zip(pairs, kept, strict=True):
+            _keep(pair, into, weights, range(start, stop), columns)
+
+    mass = (mass / bounds.diff()[:, None]).permute(2, 1, 0).contiguous()
+    return Folded(mass, given / torch.where(seen_by > 0, seen_by, torch.nan), kept)
+
+
+def _same(mask: torch.Tensor, visible: torch.Tensor) -> bool:
+    """Whether a backend's rows ``[T, S]`` allow exactly ``visible`` ``[T, ≤ S]``."""
+    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    keys = visible.shape[1]
+    return bool(torch.equal(allowed[:, :keys], visible)) and not bool(allowed[:, keys:].any())
+
+
+def _keep(pair: Pair, into: torch.Tensor, weights: torch.Tensor, queries: range, columns: torch.Tensor) -> None:
+    """Take the weights of a pair of nodes out of a tile: the maximum in each cell of ``into`` ``[H, Q, K]``."""
+    low, high = max(pair.query.start, queries.start), min(pair.query.stop, queries.stop)
+    if low >= high:
+        return
+    at = ((columns >= pair.key.start) & (columns < pair.key.stop)).nonzero()[:, 0]
+    part = weights[:, low - queries.start : high - queries.start][..., at]
+    cells = part.new_zeros(*part.shape[:2], pair.shape[1])
+    cell = (columns[at] - pair.key.start) // pair.pool[1]
+    cells.scatter_reduce_(2, cell.expand_as(part), part, "amax")
+    row = (torch.arange(low, high, device=part.device) - pair.query.start) // pair.pool[0]
+    into.scatter_reduce_(1, row[:, None].expand_as(cells), cells, "amax")

@@ -1,0 +1,255 @@
+"""``sweep``: layers × operations × seeds over many prompts, as one tidy table; interrupted, it goes on where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from tqdm import tqdm
+
+from leattn.analysis.injection import Donor, Injection
+from leattn.analysis.record import Record, digest, model_digest, prompt_digest, spelled
+from leattn.analysis.sweep_result import UNTOUCHED, SweepResult, SweepRow
+from leattn.analysis.targets import Target, one_backend, target_ids, target_logits, token_losses
+from leattn.backends import hf
+from leattn.compile import CompiledPrompt
+from leattn.errors import LeattnError, choices
+from leattn.interventions.hidden import Freeze, RandomNoise, Shuffle, SkipAttention
+from leattn.interventions.intervene import Operation
+from leattn.interventions.operation import checked_layers
+from leattn.interventions.scores import Suppress
+
+Maker: TypeAlias = Callable[[int, int], Sequence[Operation]]
+"""``(layer, seed)`` → the operations of one run."""
+Metric: TypeAlias = Callable[[torch.Tensor, tuple[int, ...]], float]
+"""Logits ``[T, V]`` of the target tokens and their ids → one number."""
+
+READY: dict[str, Callable[[int, int, int], Sequence[Operation]]] = {
+    "freeze": lambda layer, _seed, _count: [Freeze(layer)],
+    "noise": lambda layer, seed, _count: [RandomNoise(layer, seed=seed)],
+    "shuffle": lambda layer, seed, _count: [Shuffle(layer, seed=seed)],
+    "skip": lambda layer, _seed, count: [SkipAttention(range(layer, count))],
+}
+"""Operations by name: at this layer, and for ``freeze`` and ``skip`` at all after it too."""
+
+
+def sweep(
+    model: Any,
+    prompts: Sequence[CompiledPrompt],
+    operations: Mapping[str, Maker | Injection] | Sequence[str],
+    layers: Collection[int] | None = None,
+    metric: str | Metric = "accuracy",
+    *,
+    targets: Sequence[Target],
+    seeds: Sequence[int] = (0,),
+    file: str | Path | None = None,
+    backend: str = "auto",
+    batch_size: int = 16,
+    progress: bool = True,
+) -> SweepResult:
+    """Measure how prompts are answered under each operation at each layer, and untouched.
+
+    Parameters
+    ----------
+    operations
+        Names of ready ones (``"freeze"``, ``"noise"``, ``"shuffle"``, ``"skip"``: attention skipped from the layer on), or a
+        mapping from names of your own to functions ``(layer, seed) → operations`` and to :class:`Injection`.
+    layers
+        What the functions are called with; all of the model's for None.
+    metric
+        ``"accuracy"``: 1 if greedy decoding would say exactly the target, else 0. ``"loss"``: summed cross-entropy of the
+        target tokens in nats. Or a function of logits ``[T, V]`` and target ids to a number.
+    targets
+        The answer to each prompt, text or ids, behind its one sink; operations do not touch it unless they name generated
+        tokens, as in generation.
+    seeds
+        Each cell runs once per seed; operations that turn out the same for another seed are not run again.
+    file
+        Where results are kept as they come, one JSON line per batch. A sweep that finds its own file there goes on where it
+        stopped, and ends with the same table.
+    batch_size
+        Prompts per forward pass.
+
+    Raises
+    ------
+    LeattnError
+        Unknown names or layers, targets or donors that do not fit the prompts, a file of another sweep.
+
+    Examples
+    --------
+    >>> import leattn
+    >>> from random import Random
+    >>> from leattn.tiny.examples import make
+    >>> model, tokenizer = leattn.tiny.load()
+    >>> examples = [make("parallel", Random(seed), n=2) for seed in range(4)]
+    >>> prompts = [example.compile(tokenizer) for example in examples]
+    >>> result = sweep(model, prompts, ["skip"], layers=[0], targets=[example.answer for example in examples])
+    >>> result.mean("untouched"), result.mean("skip", 0) < 1
+    (1.0, True)
+    """
+    prompts = _checked_prompts(prompts)
+    if len(targets) != len(prompts) or isinstance(targets, str):
+        raise LeattnError(f"{len(prompts)} prompts and {len(targets)} targets; give a list with one target for each prompt")
+    if isinstance(metric, str) and metric not in ("accuracy", "loss"):
+        raise LeattnError(choices("metric", metric, ("accuracy", "loss")) + ", or give a function")
+    if batch_size < 1 or not seeds:
+        raise LeattnError(f"batch_size is {batch_size} and there are {len(seeds)} seeds; give 1 or more of both")
+    count = len(hf.decoder_layers(hf.backbone(model)))
+    numbers = tuple(range(count)) if layers is None else tuple(dict.fromkeys(layers))
+    checked_layers("sweep", numbers, count)
+    makers = _makers(operations, count)
+    own = target_ids(model, prompts, targets)
+    drawn = tuple(dict.fromkeys(seeds))
+    made = {
+        (label, layer, seed): tuple(maker(layer, seed))
+        for label, maker in makers.items()
+        if not isinstance(maker, Injection)
+        for layer, seed in product(numbers, drawn)
+    }
+    on_scores = any(isinstance(operation, Suppress) for some in made.values() for operation in some)
+    name = one_backend(model, prompts[0], [Suppress(0, 1.0)] if on_scores else [], backend)
+    cells = [_Cell(UNTOUCHED, None, None, None, (), None)]
+    for label, maker in makers.items():
+        if isinstance(maker, Injection):
+            donor = Donor.build(model, prompts, maker, name)
+            sources = sorted(checked_layers("Injection", maker.source_layers, count))
+            cells += [_Cell(label, layer, a, None, (), donor) for a, layer in product(sources, numbers)]
+        else:
+            cells += [_Cell(label, b, None, seed, made[label, b, seed], None) for b, seed in product(numbers, drawn)]
+
+    settings: dict[str, Any] = {
+        "model": model_digest(model),
+        "prompts": digest(map(prompt_digest, prompts)),
+        "targets": digest(own),
+        "operations": list(makers),
+        "made": digest(cell.spelled() for cell in cells),
+        "layers": list(numbers),
+        "seeds": list(drawn),
+        "metric": spelled(metric),
+        "backend": name,
+        "batch_size": batch_size,
+    }
+    batches = [range(i, min(i + batch_size, len(prompts))) for i in range(0, len(prompts), batch_size)]
+    rows: list[SweepRow] = []
+    first: dict[tuple[str, int | None], tuple[_Cell, list[SweepRow]]] = {}
+    shown = progress and len(cells) * len(batches) > 1
+    with (
+        Record(file, settings) as record,
+        tqdm(total=len(cells) * len(batches), desc="sweep", leave=False, disable=not shown, delay=2) as bar,
+    ):
+        for cell in cells:
+            twin = first.get((cell.operation, cell.layer)) if cell.seed is not None else None
+            if twin is not None and twin[0].operations == cell.operations:
+                new = [row.with_seed(cell.seed) for row in twin[1]]
+                bar.update(len(batches))
+            else:
+                new = []
+                for batch in batches:
+                    key = (cell.operation, cell.layer, cell.source_layer, cell.seed, batch.start)
+                    values = record.get(key)
+                    if values is None:
+                        values = cell.run(model, prompts, own, batch, metric, name)
+                        record.put(key, values)
+                    new += cell.rows(batch, values)
+                    bar.update()
+                first.setdefault((cell.operation, cell.layer), (cell, new))
+            rows += new
+    return SweepResult(
+        tuple(rows),
+        spelled(metric),
+        tuple(makers),
+        numbers,
+        drawn,
+        len(prompts),
+        type(model).__name__,
+        name,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Cell:
+    """One point of the sweep: an operation at a layer with a seed, for all prompts."""
+
+    operation: str
+    layer: int | None
+    source_layer: int | None
+    seed: int | None
+    operations: tuple[Operation, ...]
+    donor: Donor | None
+
+    def spelled(self) -> str:
+        """What it does, as far as words go: the same in every process."""
+        what = f"{self.operation} {self.layer} {self.source_layer} {self.seed} {spelled(self.operations)}"
+        if self.donor is None:
+            return what
+        donors = digest(map(prompt_digest, self.donor.injection.donors))
+        return f"{what} {donors} {self.donor.places} {self.donor.donor_places} {self.donor.targets}"
+
+    def run(
+        self,
+        model: Any,
+        prompts: Sequence[CompiledPrompt],
+        own: Sequence[tuple[int, ...]],
+        batch: range,
+        metric: str | Metric,
+        backend: str,
+    ) -> dict[str, list[float]]:
+        """``{"own": one value per prompt of the batch}``, and the same for ``"donor"`` where there are donor's targets."""
+        made: Sequence[Operation] = self.operations
+        asked = {"own": own}
+        if self.donor is not None:
+            assert self.source_layer is not None
+            assert self.layer is not None
+            made = self.donor.operations(self.source_layer, self.layer, batch)
+            if self.donor.targets is not None:
+                asked["donor"] = self.donor.targets
+        found = {}
+        for whose, answers in asked.items():
+            some = [answers[p] for p in batch]
+            logits = target_logits(model, [prompts[p] for p in batch], some, made, backend=backend)
+            found[whose] = [_measured(metric, one, answer) for one, answer in zip(logits, some, strict=True)]
+        return found
+
+    def rows(self, batch: range, values: Mapping[str, Sequence[float]]) -> list[SweepRow]:
+        return [
+            SweepRow(self.operation, self.layer, self.source_layer, self.seed, p, whose, value)
+            for whose, column in values.items()
+            for p, value in zip(batch, column, strict=True)
+        ]
+
+
+def _measured(metric: str | Metric, logits: torch.Tensor, target: tuple[int, ...]) -> float:
+    if callable(metric):
+        return float(metric(logits, target))
+    if metric == "loss":
+        return float(token_losses(logits, target).sum())
+    return float(tuple(logits.argmax(-1).tolist()) == target)
+
+
+def _checked_prompts(prompts: Sequence[CompiledPrompt]) -> list[CompiledPrompt]:
+    if isinstance(prompts, CompiledPrompt) or not prompts or not all(isinstance(p, CompiledPrompt) for p in prompts):
+        raise LeattnError("sweep takes a list of at least one compiled prompt; call leattn.compile_prompt on each")
+    return list(prompts)
+
+
+def _makers(operations: Mapping[str, Maker | Injection] | Sequence[str], count: int) -> dict[str, Maker | Injection]:
+    if isinstance(operations, Mapping):
+        for label, given in operations.items():
+            if not callable(given) and not isinstance(given, Injection):
+                raise LeattnError(f"operation {label!r} is {given!r}; give a function (layer, seed) → operations, or Injection")
+        if UNTOUCHED in operations:
+            raise LeattnError(f"{UNTOUCHED!r} is the name of the baseline, which every sweep measures; choose another")
+        return dict(operations)
+    names = [operations] if isinstance(operations, str) else list(operations)
+    for label in names:
+        if label not in READY:
+            raise LeattnError(choices("operation", label, READY) + ", or map names to functions")
+    return {label: _ready(label, count) for label in names}
+
+
+def _ready(label: str, count: int) -> Maker:
+    return lambda layer, seed: READY[label](layer, seed, count)

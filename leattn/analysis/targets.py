@@ -1,0 +1,86 @@
+"""What a target costs: the continuation that attribution and sweeps ask a model about."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from leattn.backends import hf
+from leattn.backends.attend import check_positions, check_tokens
+from leattn.compile import CompiledPrompt
+from leattn.errors import BackendError, LeattnError
+from leattn.interventions.intervene import Operation, intervene
+
+Target: TypeAlias = str | Iterable[int] | torch.Tensor
+"""What is asked about: a text, or token ids."""
+
+
+def one_backend(model: Any, prompt: CompiledPrompt, operations: Sequence[Operation], backend: str) -> str:
+    """One backend for everything, so that losses differ by the intervention alone; resolved before anything runs."""
+    try:
+        with intervene(model, prompt, operations, backend=backend) as attention:
+            return attention.backend.name
+    except BackendError:
+        # Under "auto" the model's own may be one that has no scores to change.
+        for name in ("sdpa", "eager") if backend == "auto" and operations else ():
+            try:
+                with intervene(model, prompt, operations, backend=name):
+                    return name
+            except BackendError:
+                continue
+        raise
+
+
+def target_ids(model: Any, prompts: Sequence[CompiledPrompt], targets: Sequence[Target]) -> list[tuple[int, ...]]:
+    """The token ids of each prompt's target, checked against the model before anything runs.
+
+    Raises
+    ------
+    LeattnError
+        An empty target, a prompt with several sinks, a model in training mode.
+    BackendError
+        A token that the model has no embedding for, or positions past its limit.
+    """
+    if model.training:
+        raise LeattnError("the model is in training mode, where dropout would make every loss a draw; call model.eval() first")
+    continued = [prompt.continued(target) for prompt, target in zip(prompts, targets, strict=True)]
+    facts = hf.read_facts(model)
+    check_tokens(continued, facts)
+    check_positions(continued, facts)
+    return [tuple(whole.input_ids[0, len(prompt) :].tolist()) for whole, prompt in zip(continued, prompts, strict=True)]
+
+
+@torch.no_grad()
+def target_logits(
+    model: Any,
+    prompts: Sequence[CompiledPrompt],
+    targets: Sequence[Sequence[int]],
+    operations: Sequence[Operation] = (),
+    *,
+    backend: str = "auto",
+) -> list[torch.Tensor]:
+    """One forward pass over a batch: the logits from which each target token is predicted, float32 ``[T, V]`` per prompt.
+
+    Targets stand behind the prompts as generated tokens do: they see the sink and what it sees, and operations touch them only
+    where they name generated tokens.
+    """
+    longest = max(map(len, targets))
+    with intervene(model, prompts, operations, backend=backend) as attention:
+        ids = attention.inputs["input_ids"]
+        after = ids.new_zeros(len(prompts), longest)  # padding behind a shorter target: nothing sees it
+        for row, target in enumerate(targets):
+            after[row, : len(target)] = torch.tensor(target)
+        fewer = "logits_to_keep" in inspect.signature(model.forward).parameters
+        options = {"logits_to_keep": longest + 1} if fewer else {}
+        logits = model(input_ids=torch.cat([ids, after], 1), use_cache=False, **options).logits
+    logits = logits[:, -longest - 1 : -1].float()  # [P, T, V]
+    return [logits[row, : len(target)] for row, target in enumerate(targets)]
+
+
+def token_losses(logits: torch.Tensor, target: Sequence[int]) -> torch.Tensor:
+    """Cross-entropy in nats of each target token, float64 ``[T]`` on the CPU, from logits ``[T, V]``."""
+    labels = torch.tensor(target, device=logits.device)
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none").double().cpu()

@@ -1,0 +1,201 @@
+"""``trace``: where a model looked and how large its states were, reduced to nodes while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any, TypeAlias, cast
+
+import torch
+
+from leattn.analysis.fold import Pair
+from leattn.analysis.watch import Tracer, watched, windows
+from leattn.backends import hf
+from leattn.compile import CompiledPrompt
+from leattn.dag.node import ICLNode
+from leattn.errors import BackendError, LeattnError
+from leattn.interventions import Operation
+from leattn.interventions.operation import Layers, checked_layers
+
+NodePair: TypeAlias = tuple[ICLNode | str, ICLNode | str]
+TILE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenWeights:
+    """Attention between the tokens of two nodes.
+
+    ``weights`` ``[L, H, Q, K]`` are whole where a node has up to 512 tokens; a longer side is cut into cells of ``pool``
+    (query, key) tokens, each the largest weight in it.
+    """
+
+    weights: torch.Tensor
+    pool: tuple[int, int]
+
+    def __repr__(self) -> str:
+        return f"TokenWeights({list(self.weights.shape)}, pool {self.pool})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Trace:
+    """What :func:`trace` keeps, on the CPU in float32. L layers traced, H heads, G key/value heads, S tokens, N nodes.
+
+    Attributes
+    ----------
+    prompt : CompiledPrompt
+        What was run.
+    layers : tuple of int
+        Which layers of the model the first dimension stands for, ascending.
+    mass : Tensor
+        ``[L, H, N, N]``. Entry (i, j): the attention that a token of node i gives to all tokens of node j together, as the
+        mean over the tokens of i. Rows sum to 1; to less in a model with learned sinks (gpt_oss), which take the rest.
+    first_tokens : Tensor
+        ``[L, H, N]``. The attention that the first token of each node gets, as the mean over the *other* tokens that see it
+        in that layer (windows included); nan if none does. First tokens are where attention goes that has nowhere to go.
+    hidden_norms : Tensor
+        ``[L, S]``. Euclidean norm of each token's hidden state at the input of the layer.
+    key_norms, value_norms : Tensor
+        ``[L, G, S]``. Norms of keys (after RoPE) and values.
+    tokens : mapping of (str, str) to TokenWeights
+        The pairs of nodes asked for, by name: query, key.
+    backend, model, dtype : str
+        What ran.
+    """
+
+    prompt: CompiledPrompt
+    layers: tuple[int, ...]
+    mass: torch.Tensor
+    first_tokens: torch.Tensor
+    hidden_norms: torch.Tensor
+    key_norms: torch.Tensor
+    value_norms: torch.Tensor
+    tokens: Mapping[tuple[str, str], TokenWeights]
+    backend: str
+    model: str
+    dtype: str
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """Names of the nodes that see no other, such as BOS: their first token sees itself alone. R of them."""
+        names = list(self.prompt.graph.names.values())
+        return tuple(names[i] for i in self._roots)
+
+    @property
+    def sinks(self) -> torch.Tensor:
+        """``[L, H, R]``: :attr:`first_tokens` of the :attr:`roots`."""
+        return self.first_tokens[..., self._roots]
+
+    @property
+    def _roots(self) -> list[int]:
+        return [i for i, runs in enumerate(self.prompt.visible.runs) if not runs]
+
+    def __repr__(self) -> str:
+        layers, heads, nodes, _ = self.mass.shape
+        return f"Trace({layers} layers, {heads} heads, {nodes} nodes, {len(self.prompt)} tokens, backend {self.backend!r})"
+
+
+def trace(
+    model: Any,
+    prompt: CompiledPrompt,
+    *,
+    layers: Layers | None = None,
+    tokens: NodePair | Sequence[NodePair] = (),
+    operations: Sequence[Operation] = (),
+    backend: str = "auto",
+    tile_bytes: int = TILE_BYTES,
+) -> Trace:
+    """Run a prompt once and keep node-level statistics of attention, hidden states, keys and values.
+
+    Attention weights are recomputed from queries and keys in tiles of queries, on whichever backend runs: there is never
+    anything of size H × S × S. Long prompts take time in proportion to the pairs of tokens.
+
+    Parameters
+    ----------
+    prompt
+        One compiled prompt. To look at what was generated, too, make it a node:
+        ``trace(model, result.prompt.continued(result.token_ids, "answer"))``.
+    layers
+        Which to keep; all of them for None.
+    tokens
+        A pair of nodes (query, key), or several, whose weights are kept token by token.
+    operations
+        Run under :func:`leattn.interventions.intervene` with these, and see what they do; also where such a block is already
+        open around the call. A layer of ``SkipAttention`` shows the attention that is thrown away.
+    backend
+        As in :func:`leattn.attend`; with operations ``"eager"`` or ``"sdpa"``.
+    tile_bytes
+        Size of the largest tensor of weights; a few of them exist at a time.
+
+    Raises
+    ------
+    LeattnError
+        A layer or node that does not exist, a pair of which the first does not see the second, several prompts.
+    BackendError
+        A model that does not use transformers' attention interface, or that no backend serves.
+
+    Examples
+    --------
+    >>> import leattn
+    >>> model, tokenizer = leattn.tiny.load()
+    >>> bos = leattn.bos(tokenizer)
+    >>> fact = leattn.ICLNode("\\nThe capital of Zarvia is Lumo.", [bos], id="fact")
+    >>> question = leattn.ICLNode("\\nQ: What is the capital of Zarvia?\\nA:", [bos, fact], id="Q")
+    >>> result = leattn.generate(model, leattn.compile_prompt(question, tokenizer), max_new_tokens=1)
+    >>> seen = trace(model, result.prompt.continued(result.token_ids, "answer"), tokens=("answer", "fact"))
+    >>> seen.mass.shape[-2:], seen.roots == (seen.prompt.graph.name(bos),)
+    (torch.Size([4, 4]), True)
+    >>> bool((seen.mass.sum(-1) - 1).abs().max() < 1e-5), seen.tokens["answer", "fact"].pool
+    (True, (1, 1))
+    """
+    if not isinstance(prompt, CompiledPrompt):
+        raise LeattnError(f"trace looks at one compiled prompt, not at {type(prompt).__name__}; call it for each prompt")
+    if isinstance(tile_bytes, bool) or not isinstance(tile_bytes, int) or tile_bytes < 1:
+        raise LeattnError(f"tile_bytes is a number of bytes of at least 1, not {tile_bytes!r}; leave it out for {TILE_BYTES}")
+    base = hf.backbone(model)
+    kept = sorted(checked_layers("trace", layers, base.config.num_hidden_layers))
+    if not kept:
+        raise LeattnError("layers=[] keeps nothing; leave it out for all layers")
+    pairs = _pairs(prompt, tokens)
+    tracer = Tracer(prompt, frozenset(kept), list(pairs.values()), windows(model), tile_bytes)
+    with torch.no_grad(), watched(model, prompt, operations, backend, tracer) as attention:
+        # Not the model itself: logits of a long prompt over a large vocabulary are the largest tensor of all.
+        attention.base(**attention.inputs, use_cache=False)
+    missing = [layer for layer in kept if layer not in tracer.folded or layer not in tracer.hidden]
+    if missing:
+        raise BackendError(
+            f"layers {missing} of {attention.facts.family} ran no attention that trace could see; leave them out"
+        )
+
+    def stacked(by_layer: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        return torch.stack([by_layer[layer].float().cpu() for layer in kept])
+
+    weights = [stacked({layer: folded.pairs[i] for layer, folded in tracer.folded.items()}) for i in range(len(pairs))]
+    return Trace(
+        prompt=prompt,
+        layers=tuple(kept),
+        mass=stacked({layer: folded.mass for layer, folded in tracer.folded.items()}),
+        first_tokens=stacked({layer: folded.first_tokens for layer, folded in tracer.folded.items()}),
+        hidden_norms=stacked(tracer.hidden),
+        key_norms=stacked(tracer.keys),
+        value_norms=stacked(tracer.values),
+        tokens={name: TokenWeights(one, pair.pool) for (name, pair), one in zip(pairs.items(), weights, strict=True)},
+        backend=attention.backend.name,
+        model="/".join(PurePath(str(base.config.name_or_path)).parts[-2:]) or type(model).__name__,
+        dtype=str(base.dtype).removeprefix("torch."),
+    )
+
+
+def _pairs(prompt: CompiledPrompt, tokens: NodePair | Sequence[NodePair]) -> dict[tuple[str, str], Pair]:
+    """Spans of the pairs of nodes, by name."""
+    several = [tokens] if len(tokens) == 2 and all(isinstance(node, (ICLNode, str)) for node in tokens) else list(tokens)
+    found = {}
+    for pair in several:
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise LeattnError(f"tokens is a pair of nodes (query, key) or a list of pairs, not {tokens!r}")
+        query, key = (prompt.graph[node] for node in cast(NodePair, pair))
+        names = prompt.graph.name(query), prompt.graph.name(key)
+        if query is not key and key not in prompt.sees(query):
+            raise LeattnError(f"{names[0]!r} does not see {names[1]!r}, so there is no attention between them")
+        found[names] = Pair(range(*prompt.spans[query]), range(*prompt.spans[key]))
+    return found
