@@ -73,7 +73,15 @@ def complaints(notebook: Any) -> list[str]:
 
 
 def test_the_notebooks_are_there():
-    assert [path.stem for path in NOTEBOOKS] == ["01_build_a_dag", "02_mask_gallery", "03_paraphrase_groups"]
+    assert [path.stem for path in NOTEBOOKS] == [
+        "01_build_a_dag",
+        "02_mask_gallery",
+        "03_paraphrase_groups",
+        "04_information_injection",
+        "05_attend_first",
+        "06_attention_sinks",
+        "07_which_document",
+    ]
 
 
 @every_notebook

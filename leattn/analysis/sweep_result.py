@@ -135,7 +135,7 @@ class SweepResult:
     def _caption(self) -> str:
         base = self.summary(UNTOUCHED)
         return (
-            f"{self.metric} of {self.model}, mean over {self.prompts} prompts; untouched {base.mean:.3f} "
+            f"{self.metric.rsplit('.', 1)[-1]} of {self.model}, mean over {self.prompts} prompts; untouched {base.mean:.3f} "
             f"[{base.low:.3f}, {base.high:.3f}], {self.interval} 95 % interval"
         )
 

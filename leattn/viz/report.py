@@ -13,7 +13,7 @@ from leattn.viz.attention import plot_attention
 from leattn.viz.norms import plot_norms
 from leattn.viz.select import layer_rows
 from leattn.viz.sinks import plot_sinks
-from leattn.viz.style import new_axes, size_inches
+from leattn.viz.style import new_axes, not_shown, size_inches
 
 if TYPE_CHECKING:
     from leattn.analysis.trace import Trace
@@ -98,7 +98,8 @@ def _write_whole(path: Path, draw: Callable[[Path], object]) -> None:
     """Draw to a file beside it, then rename: an interrupted report leaves no half of a picture."""
     temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
     try:
-        draw(temporary)
+        with not_shown():
+            draw(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -105,12 +108,25 @@ def _advance(character: str) -> float:
     return float(font.load_char(ord(character)).linearHoriAdvance) / 65536 / 64
 
 
+_aside: ContextVar[bool] = ContextVar("leattn_figures_aside", default=False)
+
+
+@contextmanager
+def not_shown() -> Iterator[None]:
+    """Figures made in the block are only for files: a notebook does not show them."""
+    token = _aside.set(True)
+    try:
+        yield
+    finally:
+        _aside.reset(token)
+
+
 def new_axes(width: float, height: float, box: tuple[float, float, float, float] | None = None) -> Axes:
     """Axes in a figure of ``width`` × ``height`` inches; ``box`` is their left, bottom, width and height in inches.
 
     Only where a notebook shows pyplot's figures, and closes them itself, is the figure one of pyplot's.
     """
-    if "inline" in str(matplotlib.get_backend(auto_select=False)):
+    if "inline" in str(matplotlib.get_backend(auto_select=False)) and not _aside.get():
         import matplotlib.pyplot as plt
 
         figure = plt.figure(figsize=(width, height))
