@@ -174,7 +174,7 @@ class CompiledPrompt:
         if len(self.graph.sinks) > 1:
             names = ", ".join(repr(self.graph.names[sink]) for sink in self.graph.sinks[:6])
             raise GraphError(
-                f"a prompt with several sinks ({names}) has no single end to continue; compile the one to go on from by itself, "
+                f"a prompt with several sinks ({names}) has no single end to continue; compile the one to go on from alone, "
                 "or give one last node the others as parents and cut those edges with without_edge"
             )
         last = self.graph.nodes[-1]

