@@ -85,6 +85,7 @@ SHAPES = {
     "chain of long nodes": compile_prompt(chain([ids(150)] * 4)),
     "causal": compile_prompt(causal([ids(40)] * 6)),
     "questions on a context": compile_prompt(parallel([ids(32)] * 6, [ICLNode(ids(300))])),
+    "single tokens": compile_prompt(ICLNode(ids(3), [HEAD, *parallel([ids(1)] * 40, [HEAD])])),
     "scattered parents": compile_prompt([ICLNode(ids(9), nodes[::2]) for nodes in [parallel([ids(11)] * 6)] for _ in range(3)]),
 }
 

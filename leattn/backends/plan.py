@@ -38,6 +38,11 @@ class Group:
             yield replace(self, start=self.start + first * self.length, count=min(step, self.count - first))
 
     @property
+    def is_single(self) -> bool:
+        """One query, as in decoding, or queries that begin within their run: nothing to compute as a batch."""
+        return self.own is not None or self.length * self.count == 1
+
+    @property
     def parent_keys(self) -> int:
         return self.window or sum(b - a for a, b in self.parents)
 

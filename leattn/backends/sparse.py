@@ -72,7 +72,8 @@ def sparse_attention(
     for p, groups in enumerate(plan.prompts):
         part = slice(p * plan.repeats, (p + 1) * plan.repeats)
         for group in groups:
-            parents = None if group.window else tuple(_gather(x[part], group.parents) for x in (key, value))
+            merges = kernel.with_lse and not group.is_single and not group.window
+            parents = tuple(_gather(x[part], group.parents) for x in (key, value)) if merges else None
             for piece in group.pieces(most):
                 columns = slice(piece.start - plan.first, piece.stop - plan.first)
                 result = kernel.group(query[part, :, columns], key[part], value[part], piece, parents)
@@ -106,13 +107,11 @@ class Kernel:
         parents: tuple[torch.Tensor, ...] | None,
     ) -> torch.Tensor:
         """Output ``[B, H, count · length, D]``; ``parents`` are the gathered keys and values that all runs see."""
-        if group.own is not None or group.length == 1:
+        if group.is_single or (group.parent_keys and not self.with_lse):
             return self._few(query, key, value, group)
         own = slice(group.start, group.stop)
         if not group.parent_keys:
             return self._joined(self._own(*(_split(x, group) for x in (query, key[:, :, own], value[:, :, own]))), group)[0]
-        if not self.with_lse:
-            return self._few(query, key, value, group)
         return self._merged(query, key, value, group, parents)
 
     def _merged(
