@@ -24,8 +24,9 @@ test: $(VENV)/.installed-test
 	$(PYTEST) leattn tests
 
 test-lowest: VENV := $(LOWEST)
+# The pictures to compare with were drawn by the matplotlib of constraints.txt; another release draws text differently.
 test-lowest: $(LOWEST)/.installed-test
-	$(PYTEST) leattn tests
+	$(PYTEST) leattn tests --ignore tests/test_pictures.py
 
 clean:
 	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV) $(LOWEST)

@@ -13,6 +13,7 @@ import leattn
 from leattn import ICLNode, compile_prompt, viz
 
 BASELINE = Path(__file__).parent / "pictures"
+"""Drawn with the matplotlib of constraints.txt."""
 TOLERANCE = 4  # root mean square of 255: less than one block of a mask makes, more than a release of matplotlib does to text
 
 
