@@ -91,10 +91,3 @@ class Editor(Protocol):
 
     def edit(self, state: State, hidden: torch.Tensor) -> torch.Tensor:
         """The input of ``state.layer``, ``[B, Q, d]``, edited; the same tensor where there is nothing to do."""
-
-
-class HiddenOperation(Protocol):
-    """A hidden-state operation as the user writes it."""
-
-    def bind(self, batch: Batch, layers: int) -> Editor:
-        """Resolve names against prompts and check layers, before anything runs."""
