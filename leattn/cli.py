@@ -106,7 +106,7 @@ def render(
 def generate(
     file: PromptFile,
     model: Model,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens at most.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens at most, where a node does not say.")] = 32,
     seed: Annotated[int | None, typer.Option(help="Sample with this seed; greedy without.")] = None,
     backend: Annotated[str, typer.Option(help="auto, eager, sdpa, flex or sparse.")] = "auto",
     positions: Scheme = "after_parents",
@@ -114,7 +114,7 @@ def generate(
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")] = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="auto: as the model was saved.")] = Dtype.auto,
 ) -> None:
-    """Continue a prompt file and print the text."""
+    """Continue a prompt file, or write its nodes that have max_new_tokens, and print the text."""
     graph = ICLGraph.from_file(file)
     loaded, tokenizer = _load(model, device, dtype)
     result = leattn.generate(

@@ -12,10 +12,11 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from leattn import masks
+from leattn.dag.gennode import GenNode
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode
 from leattn.dag.tokens import tokenize_all
-from leattn.errors import GraphError, LeattnError
+from leattn.errors import CompileError, GraphError, LeattnError
 from leattn.positions import Positions, start_positions
 from leattn.text import prompt_html, prompt_text
 from leattn.visible import Visibility, Visible, visible_relation
@@ -263,7 +264,7 @@ def compile_prompt(
     Raises
     ------
     CompileError
-        A node without tokens, a negative position.
+        A node without tokens, a negative position, a :class:`GenNode`, whose text is not written yet.
     LeattnError
         An unknown option.
 
@@ -276,6 +277,12 @@ def compile_prompt(
       1  Q    tokens 3:4  positions 3:4  ■■
     """
     graph = as_graph(target)
+    written = next((node for node in graph if isinstance(node, GenNode)), None)
+    if written is not None:
+        raise CompileError(
+            f"node {graph.name(written)!r} is written by the model, so its tokens are not known yet; use "
+            "leattn.generate(model, graph, tokenizer), and compile the result's .realised where a prompt is needed"
+        )
     ids = tokenize_all(graph.nodes, tokenizer)
     lengths = [len(node_ids) for node_ids in ids]
     visible = visible_relation(graph, visibility)

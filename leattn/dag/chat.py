@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from leattn.dag.builders import Content
+from leattn.dag.gennode import GenNode
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode, Prefix
-from leattn.dag.template import Message, Template, content_of, locate, turns_of, which
+from leattn.dag.template import Message, Span, Template, content_of, locate, turns_of, which
+from leattn.dag.written import check_written, gap_of, options_of, with_headers, with_stand_ins
 from leattn.errors import GraphError
 
 if TYPE_CHECKING:
@@ -49,12 +52,15 @@ def from_chat(
         A fast one, which knows where in the text its tokens stand, with a chat template.
     messages
         Mappings with ``role`` and ``content`` (text; None or left out where a template allows it, as beside tool calls).
+        ``{"role": "assistant", "generate": {"max_new_tokens": 64, …}}`` is a turn that the model writes: a :class:`GenNode`
+        with those options, whose header is the one of an answer. It may be the last message, or be followed by others.
     documents
         Texts or token ids. They stand in the last user turn, right before the user's text, and are tokenized each by itself.
         Each sees what stands before it, its turn's header included, and no other document; the user's text, and all that
         follows, sees every one. Nothing in the text of a document becomes a control token.
     add_generation_prompt
-        Whether the header of an answer ends the prompt. By default, if the last message is from the user or a tool.
+        Whether the header of an answer ends the prompt. By default, if the last message is from the user or a tool, or is
+        to be written.
     **template_options
         For the template, such as ``tools``, ``enable_thinking``, ``continue_final_message``, ``chat_template``.
 
@@ -68,7 +74,8 @@ def from_chat(
     ------
     GraphError
         A slow tokenizer, no chat template, a conversation that the template refuses, a message whose text it drops, repeats
-        or changes by more than leaving out a part, documents without a user message.
+        or changes by more than leaving out a part, documents without a user message. A turn to be written that others follow,
+        if the template does not show it after the very text that asks for it.
 
     Examples
     --------
@@ -81,6 +88,19 @@ def from_chat(
     >>> compile_prompt(graph, tokenizer)["document 2"].text
     'Vex.'
 
+    An answer that the model writes, and a question about it:
+
+    >>> answer = {"role": "assistant", "generate": {"max_new_tokens": 8}}
+    >>> graph = from_chat(tokenizer, [{"role": "user", "content": "Which city?"}, answer, {"role": "user", "content": "Why?"}])
+    >>> print(graph)
+    └── user 2
+        ├── user 1
+        ├── assistant ✎ ≤ 8 tokens
+        │   └── user 1
+        └── assistant footer
+            ├── user 1
+            └── assistant ✎ ≤ 8 tokens ↑
+
     Notes
     -----
     Control text belongs to the message it wraps: a header to the message after it, a footer to the one before. What stands
@@ -90,20 +110,29 @@ def from_chat(
     text: some templates move the system message to the last user turn.
     A blank message that the template does not show has no node.
 
+    What closes a turn that the model writes is a node after it (``"assistant footer"``), and the control token that this
+    begins with is one of the turn's stop strings. Where a template writes no header of an answer, it is what closes the turn
+    before (``[/INST]``). What the model writes stands as it is: no template trims it.
+
     A control string in the text of a message, unlike in a document, is parsed as ``apply_chat_template`` parses it.
     """
     checked = _checked(tokenizer, messages, documents, template_options)
+    last, written_last = len(checked) - 1, "generate" in checked[-1]
+    if written_last and add_generation_prompt is False:
+        raise GraphError(f"{which(checked, last)} is written after its header; leave out add_generation_prompt=False")
     if add_generation_prompt is None:
-        add_generation_prompt = checked[-1]["role"] in ("user", "tool", "ipython", "function")
+        add_generation_prompt = written_last or checked[-1]["role"] in ("user", "tool", "ipython", "function")
     render = Template(tokenizer, add_generation_prompt, template_options)
-    text = render(checked)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids = list(encoded["input_ids"])
-    # A token without width, such as a prefix space, stays with the one before.
-    token_starts = np.maximum.accumulate([_place(text, start, end) for start, end in encoded["offset_mapping"]])
-
-    places, marked = locate(render, checked, text)
-    turns = turns_of(render, marked, places, text)
+    told = with_stand_ins(checked)
+    shown = told[:last] if written_last else told
+    text = render(shown)
+    places, marked = locate(render, shown, text)
+    if written_last:
+        places[last] = (len(text), len(text))
+        marked.append(told[last])
+    gaps = {i: gap_of(render, told, i, places[i], text) for i, message in enumerate(checked) if "generate" in message}
+    turns = with_headers(turns_of(render, marked, places, text), gaps, places)
+    ids, token_starts = _tokenized(tokenizer, text, sorted(gaps.values()))
     bounds = [0, *(int(np.searchsorted(token_starts, start)) for _, start in turns[1:]), len(ids)]
     asker = max((i for i, message in enumerate(checked) if message["role"] == "user"), default=None)
     if documents and asker is None:
@@ -125,11 +154,40 @@ def from_chat(
             for number, document in enumerate(documents, 1):
                 nodes.append(ICLNode(document, before, f"document {number}", special_tokens="text"))
             start = text_start
-        if start < stop:
+        if i in gaps:
+            written = int(np.searchsorted(token_starts, gaps[i][0]))
+            if start >= written:
+                raise GraphError(
+                    f"the chat template writes nothing between {which(checked, i)}, which the model is to write, and the text "
+                    "before it, so its node would have no header; build the graph from ICLNodes"
+                )
+            options = options_of(tokenizer, render, checked, marked, i)
+            nodes.append(GenNode(ids[start:written], Prefix(nodes, len(nodes)), names[i], **options))
+            if written < stop:
+                add(ids[written:stop], f"{names[i]} footer")
+        elif start < stop:
             add(ids[start:stop], names[i])
         elif content_of(checked[i]).strip() or (documents and i == asker):
             raise GraphError(f"{which(checked, i)} has no token of its own in the rendered conversation; give it more text")
     return ICLGraph(*nodes)
+
+
+def _tokenized(tokenizer: PreTrainedTokenizerBase, text: str, gaps: Sequence[Span]) -> tuple[list[int], npt.NDArray[np.int64]]:
+    """Token ids of the text, and the character that each begins with.
+
+    What stands before a gap and what stands behind it are tokenized apart: other tokens will be in between.
+    """
+    ids: list[int] = []
+    starts: list[int] = []
+    begin = 0
+    for stop, resume in [*gaps, (len(text), len(text))]:
+        piece = text[begin:stop]
+        encoded = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids += encoded["input_ids"]
+        starts += [begin + _place(piece, start, end) for start, end in encoded["offset_mapping"]]
+        begin = resume
+    # A token without width, such as a prefix space, stays with the one before.
+    return ids, np.maximum.accumulate(np.asarray(starts, np.int64))
 
 
 def _place(text: str, start: int, end: int) -> int:
@@ -161,6 +219,7 @@ def _checked(
                 f"{which(messages, i)} has content of type {type(message['content']).__name__}; "
                 "from_chat takes text, so join its parts into one string"
             )
+    check_written(messages)
     return list(messages)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from leattn.dag.gennode import mark
 from leattn.dag.node import ICLNode
 
 MAX_LINES = 400
@@ -35,7 +36,7 @@ def draw(sinks: Sequence[ICLNode], names: Mapping[ICLNode, str], *, name_limit: 
         node, prefix, is_last, depth = stack.pop()
         repeated = node in drawn
         drawn.add(node)
-        label = " ".join(names[node][:name_limit].split()) or repr(names[node])
+        label = (" ".join(names[node][:name_limit].split()) or repr(names[node])) + mark(node)
         lines.append(prefix + ("└── " if is_last else "├── ") + label + (" ↑" if repeated and node.parents else ""))
         if repeated or not node.parents:
             continue

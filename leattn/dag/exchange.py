@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import heapq
 import json
 import os
@@ -10,13 +11,14 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leattn.dag.gennode import GenNode
 from leattn.dag.node import ICLNode
 from leattn.errors import GraphError, LeattnError
 
 if TYPE_CHECKING:
     import networkx
 
-OPTIONAL = ("start_pos_id", "end_pos_id", "special_tokens")
+OPTIONAL = ("start_pos_id", "end_pos_id", "special_tokens", "max_new_tokens", "stop", "sampling")
 FIELDS = ("id", "content", "parents", *OPTIONAL)
 
 
@@ -28,6 +30,12 @@ def _fields(node: ICLNode) -> dict[str, Any]:
         fields["end_pos_id"] = node.end_pos_id
     if node.special_tokens != "parse":
         fields["special_tokens"] = node.special_tokens
+    if isinstance(node, GenNode):
+        fields["max_new_tokens"] = node.max_new_tokens
+        if node.stop:
+            fields["stop"] = list(node.stop)
+        if node.sampling:
+            fields["sampling"] = copy.deepcopy(dict(node.sampling))
     return fields
 
 
@@ -91,8 +99,27 @@ def _build(records: Mapping[Hashable, Mapping[str, Any]], parents: Mapping[Hasha
         record = records[key]
         options = {name: record[name] for name in OPTIONAL if record.get(name) is not None}
         name = None if record.get("id") is None else str(record["id"])
-        built[key] = ICLNode(record["content"], [built[parent] for parent in parents[key]], name, **options)
+        seen = [built[parent] for parent in parents[key]]
+        if "max_new_tokens" in options:
+            built[key] = _gen_node(record["content"], seen, name, **options)
+            continue
+        alone = next((option for option in ("stop", "sampling") if option in options), None)
+        if alone is not None:
+            raise GraphError(
+                f"node {key!r} has {alone!r}, which is for nodes that the model writes; give it 'max_new_tokens', or remove it"
+            )
+        built[key] = ICLNode(record["content"], seen, name, **options)
     return list(built.values())
+
+
+def _gen_node(content: Any, parents: list[ICLNode], name: str | None, *, sampling: Any = None, **options: Any) -> GenNode:
+    """A node that the model writes. Its ``sampling`` holds names of GenerationConfig, none of the node's own fields."""
+    if not isinstance(sampling, Mapping | None) or not all(isinstance(option, str) for option in sampling or {}):
+        raise GraphError(f"'sampling' of node {name!r} is a mapping of names, such as temperature, to values, not {sampling!r}")
+    twice = next((option for option in sampling or {} if option in FIELDS), None)
+    if twice is not None:
+        raise GraphError(f"{twice!r} of node {name!r} is a field of the node; move it out of 'sampling'")
+    return GenNode(content, parents, name, **options, **(sampling or {}))
 
 
 def _topological(keys: Iterable[Hashable], parents: Mapping[Hashable, Sequence[Hashable]]) -> list[Hashable]:

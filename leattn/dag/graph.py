@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from leattn.dag import exchange
 from leattn.dag.draw import draw
+from leattn.dag.gennode import GenNode
 from leattn.dag.node import ICLNode, Prefix
 from leattn.errors import GraphError
 
@@ -122,12 +123,16 @@ class ICLGraph:
 
     def __repr__(self) -> str:
         sinks = ", ".join(repr(self.names[sink]) for sink in self.sinks[:4]) + (", ..." if len(self.sinks) > 4 else "")
-        return f"ICLGraph({len(self)} nodes, sinks: {sinks})"
+        written = sum(isinstance(node, GenNode) for node in self.nodes)
+        return f"ICLGraph({len(self)} nodes, {f'{written} written by the model, ' * bool(written)}sinks: {sinks})"
 
     # Exchange with other tools. The formats live in leattn/dag/exchange.py.
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON or YAML: ``{"nodes": [{"id", "content", "parents", …}, …]}``, parents by name."""
+        """Plain data for JSON or YAML: ``{"nodes": [{"id", "content", "parents", …}, …]}``, parents by name.
+
+        A node with the field ``max_new_tokens`` is a :class:`GenNode`; it may have ``stop`` and ``sampling`` too.
+        """
         return exchange.to_dict(self.nodes, self.names)
 
     @classmethod
@@ -158,8 +163,7 @@ class ICLGraph:
     def from_networkx(cls, graph: networkx.DiGraph[Any]) -> ICLGraph:
         """The graph of a ``networkx.DiGraph`` whose nodes carry a ``content`` attribute.
 
-        An edge (a, b) makes b see a. Names become ids; ``start_pos_id``, ``end_pos_id`` and ``special_tokens`` are read
-        where present.
+        An edge (a, b) makes b see a. Names become ids; the other fields of :meth:`to_dict` are read where present.
 
         Raises
         ------

@@ -157,11 +157,14 @@ class ICLNode:
         return repr(self.id if self.id is not None else self.default_name)
 
     def __repr__(self) -> str:
+        return f"ICLNode({self._described()})"
+
+    def _described(self) -> str:
         content = self.content if isinstance(self.content, str) else list(self.content)
         shown = repr(content)
         shown = shown if len(shown) <= 40 else shown[:37] + "..."
         parents = ", ".join(str(parent) for parent in self.parents[:4]) + (", ..." if len(self.parents) > 4 else "")
-        return f"ICLNode({shown}, parents=[{parents}], id={self.id!r})"
+        return f"{shown}, parents=[{parents}], id={self.id!r}"
 
 
 def _as_ids(content: Any) -> tuple[int, ...]:

@@ -30,8 +30,16 @@ class Template:
 
     def beginning(self, messages: Sequence[Message]) -> str | None:
         """The first messages alone, nothing after them; None if the template refuses those."""
+        return self._part(messages, add_generation_prompt=False)
+
+    def asking(self, messages: Sequence[Message]) -> str | None:
+        """The first messages and the header of an answer; None if the template refuses those."""
+        return self._part(messages, add_generation_prompt=True)
+
+    def _part(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str | None:
+        options = {**self.options, "continue_final_message": False, "add_generation_prompt": add_generation_prompt}
         try:
-            return self._apply(messages, add_generation_prompt=False, **{**self.options, "continue_final_message": False})
+            return self._apply(messages, **options)
         except Exception:
             return None
 
@@ -45,9 +53,7 @@ def locate(render: Template, messages: Sequence[Message], text: str) -> tuple[di
     A second rendering with marks in place of the texts shows what the template itself writes. Also returns the messages with
     the marks. Templates may treat an empty message in a way of its own, so a second try leaves blank ones as they are.
     """
-    salt = "leattn"
-    while any(salt in one for one in (text, *(content_of(message) for message in messages))):
-        salt += "x"
+    salt = unused("leattn", [text, *(content_of(message) for message in messages)])
     problem = ""
     for keep_blank in (False, True):
         marked: list[Message] = [
@@ -128,11 +134,11 @@ def turns_of(render: Template, marked: Sequence[Message], places: Mapping[int, S
         cut = end = 0 if a < 0 else places[a][1]
         stop = len(text) if b is None else places[b][0]
         if a >= 0:
-            footer = _footer(render, marked[: a + 1], mark)
+            footer = footer_of(render, marked[: a + 1], mark)
             cut = end + len(footer) if footer is not None and text[end:stop].startswith(footer) else stop
         i = a + 1
         while i < len(marked) and i not in places:
-            footer = _footer(render, marked[: i + 1], mark)
+            footer = footer_of(render, marked[: i + 1], mark)
             if footer is not None and end + len(footer) > cut and text[end:stop].startswith(footer):
                 turns.append((i, cut))
                 cut = end + len(footer)
@@ -142,7 +148,7 @@ def turns_of(render: Template, marked: Sequence[Message], places: Mapping[int, S
     return turns
 
 
-def _footer(render: Template, messages: Sequence[Message], mark: str) -> str | None:
+def footer_of(render: Template, messages: Sequence[Message], mark: str) -> str | None:
     """What follows ``mark`` if the conversation ends after these messages; None if that cannot be known."""
     rendered = render.beginning(messages)
     if rendered is None or (mark and rendered.count(mark) != 1):
@@ -153,6 +159,13 @@ def _footer(render: Template, messages: Sequence[Message], mark: str) -> str | N
 def content_of(message: Message) -> str:
     """The text of a message, empty if it has none."""
     return message.get("content") or ""
+
+
+def unused(salt: str, texts: Sequence[str]) -> str:
+    """``salt``, lengthened until none of the texts holds it."""
+    while any(salt in text for text in texts):
+        salt += "x"
+    return salt
 
 
 def _mark(salt: str, i: int) -> str:

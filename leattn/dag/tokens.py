@@ -39,7 +39,7 @@ def tokenize_all(nodes: Sequence[ICLNode], tokenizer: PreTrainedTokenizerBase | 
             split_special_tokens=treatment == "text",
             verbose=False,
         )
-        control = _control_tokens(tokenizer) if treatment == "text" else {}
+        control = control_tokens(tokenizer) if treatment == "text" else {}
         for i, ids in zip(picked, encoded["input_ids"], strict=True):
             clean = control.keys().isdisjoint(ids)
             result[i] = list(ids) if clean else _as_text(str(nodes[i].content), control, tokenizer)
@@ -49,7 +49,7 @@ def tokenize_all(nodes: Sequence[ICLNode], tokenizer: PreTrainedTokenizerBase | 
     return result
 
 
-def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """Added tokens that may steer the model: all but whitespace (Gemma's newlines) and plain words."""
     added = tokenizer.get_added_vocab().items()
     return {token: name for name, token in added if len(name) > 1 and name.strip() and not name.strip().isalnum()}

@@ -65,6 +65,8 @@ class Boxes:
         Of each box; ``colours`` is ``[N, 3]``.
     cut
         Edges (parent, child) that are dashed and have no head.
+    written
+        Boxes whose outline is dashed: nodes that the model writes.
     size
         By how much everything is shrunk, text included.
     """
@@ -75,6 +77,7 @@ class Boxes:
     widths: Sequence[float]
     colours: FloatArray
     cut: set[Edge]
+    written: set[int]
     size: float
 
     def draw_curves(self, arcs: Mapping[Edge, FloatArray], bends: Mapping[Edge, list[Point]]) -> None:
@@ -109,7 +112,7 @@ class Boxes:
         # daft's own render() opens a pyplot figure and leaves it open; its nodes and edges draw on any axes.
         context = pgm._ctx
         context._figure, context._ax = self.ax.get_figure(), self.ax
-        fills = lighten(self.colours, 0.72)
+        fills, outline = lighten(self.colours, 0.72), {"lw": 1.1 * self.size, "joinstyle": "round", "zorder": 2}
         for i, (x, y) in enumerate(self.centres):
             pgm.add_node(
                 str(i),
@@ -120,7 +123,7 @@ class Boxes:
                 aspect=self.widths[i] / HEIGHT,
                 shape="rectangle",
                 fontsize=FONT * self.size,
-                plot_params={"fc": fills[i], "ec": self.colours[i], "lw": 1.1 * self.size, "joinstyle": "round", "zorder": 2},
+                plot_params=outline | {"fc": fills[i], "ec": self.colours[i], "ls": _DASHES if i in self.written else "solid"},
                 label_params={"color": INK, "zorder": 3, **PLAIN},
             )
         drawn = []
@@ -155,8 +158,10 @@ class Boxes:
         half = np.stack([np.asarray(self.widths) / 2, np.full(len(self.widths), HEIGHT / 2)], axis=1)
         corners = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
         boxes = self.centres[:, None] + half[:, None] * corners
-        fills = lighten(self.colours, 0.72)
-        self._add(PolyCollection(list(boxes), facecolors=fills, edgecolors=self.colours, linewidths=0.8 * self.size, zorder=2))
+        outlines: dict[str, Any] = {"edgecolors": self.colours, "linewidths": 0.8 * self.size, "zorder": 2}
+        if self.written:
+            outlines["linestyles"] = [_DASHES if i in self.written else "solid" for i in range(len(boxes))]
+        self._add(PolyCollection(list(boxes), facecolors=lighten(self.colours, 0.72), **outlines))
         font = FONT * self.size
         # Where they are too small to read: fewer, larger ones. Where they are many: fewer, as they are slow to draw.
         every = max(int(np.ceil(_LEGIBLE / font)) ** 2, -(-len(self.labels) // _MOST_LABELS))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from leattn.compile import CompiledPrompt, as_graph
+from leattn.dag.gennode import GenNode, mark
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode, Prefix
 from leattn.viz.boxes import FONT, HEIGHT, Boxes
@@ -36,7 +37,8 @@ def plot_dag(
 ) -> Axes:
     """Which node sees which: an arrow runs from a parent down to the node that names it.
 
-    A box has the colour of its node in every other picture, an arrow that of the parent it starts from.
+    A box has the colour of its node in every other picture, an arrow that of the parent it starts from. The outline of a
+    node that the model writes is dashed, and in graphs of up to ``SMALL`` nodes its label says how many tokens at most.
 
     Parameters
     ----------
@@ -72,7 +74,9 @@ def plot_dag(
     if isinstance(graph, CompiledPrompt):
         cut = {(parent, child) for parent, child in edges if not graph.visible.sees(child, parent)}
     limit = 28 if count <= SMALL else 12
-    labels = [drawable(name, limit) for name in nodes.names.values()]
+    marks = [mark(node) if count <= SMALL else "✎" * isinstance(node, GenNode) for node in nodes]
+    labels = [drawable(f"{drawable(name, limit)} {sign}", 48) for name, sign in zip(nodes.names.values(), marks, strict=True)]
+    written = {i for i, node in enumerate(nodes) if isinstance(node, GenNode)}
     widths = [max(text_width(label, FONT) + 0.2, 0.42) for label in labels]
     parents: list[list[int]] = [[] for _ in range(count)]
     for parent, child in edges:
@@ -82,10 +86,11 @@ def plot_dag(
         some = f"{total:,} edge{'s' * (total != 1)}"
         some = some if total == len(edges) else f"the {len(edges):,} shortest of {some}"
         title = f"prompt graph: {count:,} node{'s' * (count != 1)}, {some}" + (f" ({len(cut)} cut)" if cut else "")
+        title += f"; dashed: written by the model ({len(written):,})" if written else ""
 
     arcs = _arcs(layout, edges, widths)
     ax, size = _axes(ax, layout, widths, arcs, 0.0 if title == "" else _TITLE, text_width(title, 10))
-    boxes = Boxes(ax, layout.centres, labels, widths, node_colours(count), cut, size)
+    boxes = Boxes(ax, layout.centres, labels, widths, node_colours(count), cut, written, size)
     boxes.draw_curves(arcs, layout.bends)
     straight = [edge for edge in edges if edge not in arcs and edge not in layout.bends]
     if count <= SMALL and len(straight) <= MAX_ARROWS:
