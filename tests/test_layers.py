@@ -19,8 +19,10 @@ LAYERS = [
     ["visible", "positions", "masks", "text", "compile"],
     ["backends"],
     ["kv"],
+    ["check"],
     ["generation"],
     ["patterns"],
+    ["training"],
     ["interventions"],
     ["analysis"],
     ["viz"],
@@ -30,7 +32,7 @@ LAYERS = [
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 # The method belongs to the prompt, its knowledge to the backends.
-EXCEPTIONS = {("compile.py", "leattn.backends.inputs")}
+EXCEPTIONS = {("compile.py", "leattn.backends.inputs"), ("kv/store.py", "leattn.generation.fill")}
 
 
 @dataclass(frozen=True)

@@ -4,66 +4,19 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
-from leattn.backends import BACKENDS, hf
+from leattn.backends import hf
 from leattn.backends.batch import Batch
 from leattn.backends.binding import Attention, NotAsked, follow
 from leattn.backends.kinds import Backend, ModelFacts
 from leattn.compile import CompiledPrompt, compile_prompt
 from leattn.dag.node import ICLNode
-from leattn.errors import BackendError, choices
-
-
-@dataclass(frozen=True)
-class Capability:
-    """One thing a model can do, or cannot and why."""
-
-    name: str
-    works: bool
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class ModelReport:
-    """What :func:`leattn.check_model` found. Prints as a table."""
-
-    model: str
-    facts: ModelFacts
-    capabilities: tuple[Capability, ...]
-
-    def __getitem__(self, name: str) -> Capability:
-        for capability in self.capabilities:
-            if capability.name == name:
-                return capability
-        raise BackendError(choices("capability", name, [capability.name for capability in self.capabilities]))
-
-    @property
-    def ok(self) -> bool:
-        """Whether the model can follow a graph on at least one backend."""
-        return any(self[name].works for name in BACKENDS)
-
-    def __str__(self) -> str:
-        width = max(len(capability.name) for capability in self.capabilities)
-        lines = [f"{self.model} (loaded with {self.facts.implementation})"]
-        for capability in self.capabilities:
-            reason = f"  {capability.reason}" if capability.reason else ""
-            lines.append(f"  {capability.name:<{width}}  {'yes' if capability.works else 'no '}{reason}".rstrip())
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{escape(c.name)}</td><td>{'yes' if c.works else 'no'}</td>"
-            f"<td style='text-align:left'>{escape(c.reason)}</td></tr>"
-            for c in self.capabilities
-        )
-        return f"<p>{escape(self.model)}</p><table>{rows}</table>"
 
 
 def static_refusal(facts: ModelFacts) -> str | None:
@@ -104,36 +57,6 @@ def refusal(model: Any, backend: Backend) -> str | None:
     return known[backend.name]
 
 
-def check_model(model: Any) -> ModelReport:
-    """What this model can do with graphs, and why not where it cannot; found out once per model, by trying.
-
-    Five tiny forwards tell whether the mask is asked for and obeyed, whether positions come from ``position_ids`` and not from
-    the index in the sequence, and whether state leaks around attention. ``attend`` and ``generate`` ask by themselves.
-
-    Examples
-    --------
-    >>> import leattn
-    >>> model, _ = leattn.tiny.load()
-    >>> leattn.check_model(model)["sdpa"].works
-    True
-    """
-    facts = hf.read_facts(model)
-    found = []
-    for backend in BACKENDS.values():
-        reason = refusal(model, backend)
-        found.append(Capability(backend.name, reason is None, reason or ""))
-    works = any(capability.works for capability in found)
-    why = "" if works else found[0].reason
-    found.append(Capability("generate", works and hasattr(model, "generate"), why))
-    if facts.windowed:
-        found.append(Capability("windows", works, "measured in positions, with a full-length cache" if works else why))
-    if facts.rope_limit is not None:
-        found.append(Capability("positions", works, f"below {facts.rope_limit}: past it rotary angles depend on the length"))
-    elif facts.position_limit is not None:
-        found.append(Capability("positions", works, f"below {facts.position_limit}, the size of the position table"))
-    return ModelReport(f"{type(model).__name__} ({facts.family})", facts, tuple(found))
-
-
 def _probe(model: Any, facts: ModelFacts, backend: Backend) -> str | None:
     """Five tiny forwards on graphs whose answers are known, whatever the weights are."""
     generator = torch.Generator().manual_seed(0)
@@ -159,17 +82,8 @@ def _probe(model: Any, facts: ModelFacts, backend: Backend) -> str | None:
         output = _run(model, facts, prompt, backend).float()
         return {node.id or "": output[slice(*prompt.spans[node])] for node in prompt.graph.nodes}
 
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
-        # Uncompiled: the question is what the model does, not what torch's compiler makes of it. Torch warns that it is slow.
-        with (
-            warnings.catch_warnings(),
-            torch.no_grad(),
-            torch.autocast(facts.device.type, enabled=False),
-            torch.compiler.set_stance("force_eager"),
-        ):
-            warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        with probing(model, facts):
             base = logits(left, right)
             swapped = logits(left, right, swap=True)
             moved = logits(left, right, gap=5)
@@ -178,9 +92,6 @@ def _probe(model: Any, facts: ModelFacts, backend: Backend) -> str | None:
             unrelated_base = logits(left, right, seen="left")
     except NotAsked:
         return "it never asks transformers for a mask, so its layers are not (all) attention that a mask reaches"
-    finally:
-        for module in was_training:
-            module.training = True
 
     # What must not change may change by rounding; what must change moves by more than that.
     scale = float(base["child"].abs().max()) or 1.0
@@ -209,6 +120,26 @@ def _probe(model: Any, facts: ModelFacts, backend: Backend) -> str | None:
     if change(unrelated_base["child"], related["child"]) == 0:
         return "changing a parent changed nothing at its child: the mask does not reach the model's attention"
     return None
+
+
+@contextmanager
+def probing(model: Any, facts: ModelFacts) -> Iterator[None]:
+    """Inside the block a model is in evaluation mode, without gradients, autocast or compilation; afterwards as it was."""
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        # Uncompiled: the question is what the model does, not what torch's compiler makes of it. Torch warns that it is slow.
+        with (
+            warnings.catch_warnings(),
+            torch.no_grad(),
+            torch.autocast(facts.device.type, enabled=False),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+            yield
+    finally:
+        for module in was_training:
+            module.training = True
 
 
 def _run(model: Any, facts: ModelFacts, prompt: CompiledPrompt, backend: Backend) -> torch.Tensor:

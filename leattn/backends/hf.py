@@ -21,6 +21,12 @@ MaskFunction = Callable[..., Any]
 Answer = Callable[[Any, str, MaskRequest, MaskFunction], Any]
 
 
+def unwrapped(model: Any) -> Any:
+    """The model itself, below ``torch.compile`` and an adapter (PEFT)."""
+    module = getattr(model, "_orig_mod", model)
+    return module.get_base_model() if hasattr(module, "get_base_model") else module
+
+
 def backbone(model: Any) -> PreTrainedModel:
     """The module that builds the masks: below a language-model head, an adapter (PEFT) or ``torch.compile``.
 
@@ -29,9 +35,7 @@ def backbone(model: Any) -> PreTrainedModel:
     BackendError
         Not a transformers model, or one with an encoder.
     """
-    module = getattr(model, "_orig_mod", model)
-    if hasattr(module, "get_base_model"):
-        module = module.get_base_model()
+    module = unwrapped(model)
     if not isinstance(module, PreTrainedModel):
         raise BackendError(f"leattn runs transformers models (PreTrainedModel), not {type(model).__name__}")
     if module.config.is_encoder_decoder:

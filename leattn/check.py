@@ -1,0 +1,104 @@
+"""``check_model``: what a model can do with graphs, as a report. What it says is found out elsewhere, by trying."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from leattn.backends import BACKENDS, hf
+from leattn.backends.check import refusal
+from leattn.backends.kinds import ModelFacts
+from leattn.errors import BackendError, choices
+from leattn.kv.certify import reuse_refusal, shift_refusal
+
+
+@dataclass(frozen=True)
+class Capability:
+    """One thing a model can do, or cannot and why."""
+
+    name: str
+    works: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What :func:`leattn.check_model` found. Prints as a table."""
+
+    model: str
+    facts: ModelFacts
+    capabilities: tuple[Capability, ...]
+
+    def __getitem__(self, name: str) -> Capability:
+        for capability in self.capabilities:
+            if capability.name == name:
+                return capability
+        raise BackendError(choices("capability", name, [capability.name for capability in self.capabilities]))
+
+    @property
+    def ok(self) -> bool:
+        """Whether the model can follow a graph on at least one backend."""
+        return any(self[name].works for name in BACKENDS)
+
+    def __str__(self) -> str:
+        width = max(len(capability.name) for capability in self.capabilities)
+        lines = [f"{self.model} (loaded with {self.facts.implementation})"]
+        for capability in self.capabilities:
+            reason = f"  {capability.reason}" if capability.reason else ""
+            lines.append(f"  {capability.name:<{width}}  {'yes' if capability.works else 'no '}{reason}".rstrip())
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{escape(c.name)}</td><td>{'yes' if c.works else 'no'}</td>"
+            f"<td style='text-align:left'>{escape(c.reason)}</td></tr>"
+            for c in self.capabilities
+        )
+        return f"<p>{escape(self.model)}</p><table>{rows}</table>"
+
+
+def check_model(model: Any) -> ModelReport:
+    """What this model can do with graphs, and why not where it cannot; found out once per model, by trying.
+
+    Five tiny forwards tell whether the mask is asked for and obeyed, whether positions come from ``position_ids`` and not from
+    the index in the sequence, and whether state leaks around attention; a few more, whether stored keys and values may be used
+    again, at the same and at other positions. ``attend``, ``generate`` and a ``KVStore`` ask by themselves.
+
+    Examples
+    --------
+    >>> import leattn
+    >>> model, _ = leattn.tiny.load()
+    >>> leattn.check_model(model)["sdpa"].works
+    True
+    """
+    facts = hf.read_facts(model)
+    found = []
+    for backend in BACKENDS.values():
+        reason = refusal(model, backend)
+        found.append(Capability(backend.name, reason is None, reason or ""))
+    works = any(capability.works for capability in found)
+    why = "" if works else found[0].reason
+    found.append(Capability("generate", works and hasattr(model, "generate"), why))
+    for name, ask in (("reuse", reuse_refusal), ("shifted reuse", shift_refusal)):
+        reason = ask(model) if works else why
+        found.append(Capability(name, reason is None, reason or ""))
+    reason = _skip_refusal(model) if works else why
+    found.append(Capability("skip attention", reason is None, reason or ""))
+    if facts.windowed:
+        found.append(Capability("windows", works, "measured in positions, with a full-length cache" if works else why))
+    if facts.rope_limit is not None:
+        found.append(Capability("positions", works, f"below {facts.rope_limit}: past it rotary angles depend on the length"))
+    elif facts.position_limit is not None:
+        found.append(Capability("positions", works, f"below {facts.position_limit}, the size of the position table"))
+    return ModelReport(f"{type(model).__name__} ({facts.family})", facts, tuple(found))
+
+
+def _skip_refusal(model: Any) -> str | None:
+    """Why attention cannot be left out of a layer, or None: it must be one module of its own."""
+    try:
+        for layer in hf.decoder_layers(hf.backbone(model)):
+            hf.attention_of(layer)
+    except BackendError as error:
+        return str(error)
+    return None

@@ -1,0 +1,256 @@
+"""Whether a model's keys and values may be used again, here and at other positions: found out by doing it, once per model."""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import DynamicCache
+
+from leattn.backends import hf
+from leattn.backends.attend import prepare
+from leattn.backends.binding import follow
+from leattn.backends.check import probing
+from leattn.backends.kinds import ModelFacts
+from leattn.compile import CompiledPrompt, compile_prompt
+from leattn.dag.node import ICLNode
+from leattn.errors import BackendError, LeattnWarning
+from leattn.kv.node import NodeKV, node_kv
+from leattn.kv.turns import Turn, possible_turns
+
+Turns = tuple[tuple[Turn | None, Turn | None], ...]
+"""For every layer, how its keys and its values turn; None where position is not in them."""
+
+_FP32 = torch.finfo(torch.float32)
+_OFFSETS = (3, 57, 4096, 32768)
+"""And the last one that the model was made for: low frequencies, and whatever begins past some length, show there alone."""
+_lock = threading.RLock()
+_certificates: WeakKeyDictionary[Any, _Certificate] = WeakKeyDictionary()
+
+
+def reuse_refusal(model: Any) -> str | None:
+    """Why a node's keys and values cannot be used again where the same sub-graph stands at the same positions, or None.
+
+    On a small graph of random tokens, every node's keys and values, computed with its ancestors alone, must equal those of the
+    whole graph, and what a node computes from them must equal the cold run, up to the rounding that another order of siblings
+    brings.
+    """
+    return _certificate(model).reuse
+
+
+def shift_refusal(model: Any) -> str | None:
+    """Why they cannot be used at other positions, or None. :func:`leattn.kv.rotary.shifted` moves them.
+
+    The whole graph is computed at other offsets, near and far; turned keys must equal the recomputed ones in all layers.
+    """
+    return _certificate(model).shift
+
+
+def turns_of(model: Any) -> Turns:
+    """How every layer's keys and values turn with the position, as measured.
+
+    Raises
+    ------
+    BackendError
+        :func:`shift_refusal` has a reason.
+    """
+    certificate = _certificate(model)
+    if certificate.shift is not None:
+        raise BackendError(f"keys of {type(model).__name__} cannot be moved to other positions: {certificate.shift}")
+    return certificate.turns
+
+
+@dataclass(frozen=True)
+class _Certificate:
+    reuse: str | None
+    shift: str | None
+    turns: Turns = ()
+
+
+def _certificate(model: Any) -> _Certificate:
+    base = hf.backbone(model)
+    with _lock:
+        if base not in _certificates:
+            facts = hf.read_facts(model)
+            with probing(model, facts), warnings.catch_warnings():
+                warnings.simplefilter("ignore", LeattnWarning)
+                _certificates[base] = _certify(model, facts)
+        return _certificates[base]
+
+
+def _certify(model: Any, facts: ModelFacts) -> _Certificate:
+    graph = _Sample.draw(facts.vocabulary)
+    try:
+        cold = _run(model, graph.prompt())
+        swapped = _run(model, graph.prompt(swap=True))
+        alone: dict[str, NodeKV] = {}
+        for name in ("tail", "other", "left", "right"):  # each in a graph that is smaller than the whole one
+            alone.update(_run(model, graph.prompt(only=name)).nodes)
+    except BackendError as error:
+        return _Certificate(str(error), str(error))
+    # What rounding does: another order of the same nodes changes nothing else.
+    noise = max(_largest_difference(swapped.nodes[name], kv) for name, kv in cold.nodes.items())
+    allowed = min(64 * torch.finfo(cold.dtype).eps + 4 * noise, 0.2)
+    worst = max(_largest_difference(kv, cold.nodes[name]) for name, kv in alone.items())
+    if worst > allowed:
+        reason = (
+            f"keys and values of a node computed with its ancestors alone differ from those of the whole graph by {worst:.1e} "
+            f"({allowed:.1e} is rounding)"
+        )
+        return _Certificate(reason, reason)
+    resumed = _difference(_resume(model, graph.prompt(), alone), cold.logits)
+    if resumed > allowed:
+        reason = (
+            f"what it computes from stored keys and values differs from a cold run by {resumed:.1e} ({allowed:.1e} is rounding)"
+        )
+        return _Certificate(reason, reason)
+    return _certify_shift(model, facts, graph, cold, allowed)
+
+
+def _certify_shift(model: Any, facts: ModelFacts, graph: _Sample, cold: _Run, allowed: float) -> _Certificate:
+    if facts.rope_limit is not None:
+        return _Certificate(None, "its rotary angles depend on the length of the input (dynamic NTK, longrope)")
+    limits = [limit for limit in (facts.position_limit, facts.trained_length) if limit is not None]
+    last = min(limits, default=2 * _OFFSETS[-1]) - len(graph.prompt())
+    starts = sorted(start for start in {*_OFFSETS, last} if 0 < start <= last)
+    if not starts:
+        return _Certificate(None, f"{min(limits)} positions are too few to try it")
+    moved = [_run(model, graph.prompt(start=start)).nodes for start in starts]
+    try:
+        possible = [possible_turns(hf.backbone(model), layer) for layer in range(len(cold.nodes["root"].keys))]
+    except BackendError as error:
+        return _Certificate(None, str(error))
+    turns = []
+    for layer, candidates in enumerate(possible):
+        best = []
+        for part in ("keys", "values"):
+            ways = [(_errors(turn, part, layer, cold.nodes, moved), turn) for turn in (None, *candidates)]
+            errors, turn = min(ways, key=lambda way: sum(way[0]))
+            best.append(turn)
+            for start, off in zip(starts, errors, strict=True):
+                # Moved far, rounding does what it does near by, except that angles, products of position and frequency, are
+                # less exact there.
+                far = 2.5 * errors[0] + _FP32.eps * (64 + 2 * start)
+                limit = allowed if start == starts[0] else far
+                if off > limit:
+                    learned = facts.position_limit is not None and not candidates
+                    why = "its positions are learned" if learned else "no rotation of its family gives what is recomputed"
+                    return _Certificate(
+                        None,
+                        f"{why}: moved by {start} positions, the {part} of layer {layer} are off by {off:.1e} in "
+                        f"{str(cold.dtype).removeprefix('torch.')} ({limit:.1e} is rounding)",
+                    )
+        turns.append((best[0], best[1]))
+    return _Certificate(None, None, tuple(turns))
+
+
+def _errors(turn: Turn | None, part: str, layer: int, cold: dict[str, NodeKV], moved: list[dict[str, NodeKV]]) -> list[float]:
+    """How far this way to turn is off at the worst node, for each offset."""
+    return [
+        max(
+            _moved_difference(turn, getattr(kv, part)[layer], getattr(nodes[name], part)[layer], kv.start, nodes[name].start)
+            for name, kv in cold.items()
+        )
+        for nodes in moved
+    ]
+
+
+def _moved_difference(turn: Turn | None, stored: torch.Tensor, expected: torch.Tensor, old: int, new: int) -> float:
+    """The error of one way to turn; infinite where it does not even fit."""
+    if turn is None:
+        return _difference(stored, expected)
+    steps = torch.arange(stored.shape[1], device=stored.device)
+    try:
+        turned = turn.apply(stored[None], turn.angle.between(steps + old, steps + new))[0]
+    # The functions of some family, called in ways it may not be made for: whatever they raise, this is not the way.
+    except Exception:
+        return math.inf
+    return _difference(turned, expected) if turned.shape == expected.shape else math.inf
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The nodes of a cold run, and the logits of the node ``child``, ``[n, V]``."""
+
+    nodes: dict[str, NodeKV]
+    logits: torch.Tensor
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A root, two siblings, a child of all three, a node that sees the child alone, and one that nobody sees."""
+
+    tokens: dict[str, list[int]]
+
+    @staticmethod
+    def draw(vocabulary: int) -> _Sample:
+        generator = torch.Generator().manual_seed(0)
+        lengths = {"root": 4, "left": 5, "right": 3, "child": 4, "tail": 3, "other": 2}
+        return _Sample({name: torch.randint(0, vocabulary, (n,), generator=generator).tolist() for name, n in lengths.items()})
+
+    def prompt(self, *, start: int = 0, swap: bool = False, only: str | None = None) -> CompiledPrompt:
+        """The whole graph, or one node with its ancestors. Everyone's position is relative to the root's."""
+        nodes = {"root": ICLNode(self.tokens["root"], id="root", start_pos_id=start)}
+
+        def add(name: str, *parents: str) -> None:
+            nodes[name] = ICLNode(self.tokens[name], [nodes[parent] for parent in parents], id=name)
+
+        for name in ("right", "left") if swap else ("left", "right"):
+            add(name, "root")
+        add("other", "root")
+        add("child", "root", "left", "right")
+        add("tail", "child")
+        return compile_prompt([nodes["tail"], nodes["other"]] if only is None else nodes[only])
+
+
+def _run(model: Any, prompt: CompiledPrompt) -> _Run:
+    cache = DynamicCache()
+    with follow(prepare(model, prompt)) as attention:
+        output = model(**attention.inputs, use_cache=True, past_key_values=cache)
+    nodes = {
+        prompt.graph.name(node): node_kv(cache, slice(*span), int(prompt.position_ids[0, span[0]]))
+        for node, span in prompt.spans.items()
+    }
+    dtype = next(kv.keys[0].dtype for kv in nodes.values())
+    return _Run(nodes, _logits(output)[slice(*prompt["child"].span)] if "child" in nodes else _logits(output), dtype)
+
+
+def _resume(model: Any, prompt: CompiledPrompt, stored: dict[str, NodeKV]) -> torch.Tensor:
+    """The logits of ``child``, computed from a cache that is put together from stored nodes, ``[n, V]``."""
+    first, last = prompt["child"].span
+    before = [stored[prompt.graph.name(node)] for node, span in prompt.spans.items() if span[1] <= first]
+    cache = DynamicCache()
+    for layer in range(len(before[0].keys)):
+        keys, values = (torch.cat([getattr(kv, part)[layer] for kv in before], 1)[None] for part in ("keys", "values"))
+        cache.update(keys, values, layer)
+    with follow(prepare(model, prompt)) as attention:
+        output = model(input_ids=attention.inputs["input_ids"][:, first:last], use_cache=True, past_key_values=cache)
+    return _logits(output)
+
+
+def _logits(output: Any) -> torch.Tensor:
+    logits: torch.Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
+    return logits[0]
+
+
+def _largest_difference(found: NodeKV, expected: NodeKV) -> float:
+    """The largest relative difference among all layers' keys and values."""
+    pairs = zip((*found.keys, *found.values), (*expected.keys, *expected.values), strict=True)
+    return max(_difference(a, b) for a, b in pairs)
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The norm of the difference over the norm of what is expected, at the median token of ``[.., n, D]``.
+
+    A wrong rotation, or one neighbour too many, gives about 1 at every token. At a single one, rounding can do that too: it
+    makes a router choose another expert.
+    """
+    by_token = [tensor.float().movedim(-2, 0).flatten(1).norm(dim=1) for tensor in (found - expected, expected)]
+    relative = (by_token[0] / by_token[1].clamp_min(1e-30)).median().item()
+    return relative if math.isfinite(relative) else math.inf
