@@ -20,14 +20,17 @@ __version__ = "0.1.0"
 _HOMES = {
     "errors": ["LeattnError", "GraphError", "CompileError", "BackendError", "LeattnWarning"],
     "dag.node": ["ICLNode", "bos"],
+    "dag.gennode": ["GenNode"],
     "dag.graph": ["ICLGraph"],
     "dag.builders": ["chain", "parallel", "causal"],
     "dag.segments": ["from_segments"],
     "dag.chat": ["from_chat"],
     "dag.paraphrase": ["paraphrase_group", "paraphrase_segments"],
     "compile": ["CompiledPrompt", "compile_prompt"],
-    "backends.attend": ["attend", "forward"],
-    "backends.check": ["check_model"],
+    "backends.attend": ["attend"],
+    "check": ["check_model"],
+    "kv.store": ["KVStore"],
+    "generation.forward": ["forward"],
     "generation.generate": ["generate"],
     "generation.result": ["Generation"],
     "legacy": [
@@ -40,18 +43,19 @@ _HOMES = {
     ],
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
-_PLANNED = ("GenNode", "KVStore", "patterns")
-_MODULES = ("analysis", "interventions", "tiny", "viz")
+_MODULES = ("analysis", "interventions", "patterns", "tiny", "training", "viz")
 
 # Spelled out for type checkers; a test holds it equal to the table above.
 __all__ = [
     "BackendError",
     "CompileError",
     "CompiledPrompt",
+    "GenNode",
     "Generation",
     "GraphError",
     "ICLGraph",
     "ICLNode",
+    "KVStore",
     "LeattnError",
     "LeattnWarning",
     "analysis",
@@ -71,28 +75,33 @@ __all__ = [
     "parallel",
     "paraphrase_group",
     "paraphrase_segments",
+    "patterns",
     "prepare_inputs",
     "print_dag",
     "tiny",
+    "training",
     "upstream_nodes",
     "visualize_attention_matrix",
     "viz",
 ]
 
 if TYPE_CHECKING:
-    from leattn import analysis, interventions, tiny, viz
-    from leattn.backends.attend import attend, forward
-    from leattn.backends.check import check_model
+    from leattn import analysis, interventions, patterns, tiny, training, viz
+    from leattn.backends.attend import attend
+    from leattn.check import check_model
     from leattn.compile import CompiledPrompt, compile_prompt
     from leattn.dag.builders import causal, chain, parallel
     from leattn.dag.chat import from_chat
+    from leattn.dag.gennode import GenNode
     from leattn.dag.graph import ICLGraph
     from leattn.dag.node import ICLNode, bos
     from leattn.dag.paraphrase import paraphrase_group, paraphrase_segments
     from leattn.dag.segments import from_segments
     from leattn.errors import BackendError, CompileError, GraphError, LeattnError, LeattnWarning
+    from leattn.generation.forward import forward
     from leattn.generation.generate import generate
     from leattn.generation.result import Generation
+    from leattn.kv.store import KVStore
     from leattn.legacy import (
         build_attention_matrix,
         generate_flex_attention_mask_mod,
@@ -108,8 +117,6 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"leattn.{_HOME[name]}"), name)
     if name in _MODULES:
         return importlib.import_module(f"leattn.{name}")
-    if name in _PLANNED:
-        raise AttributeError(f"{name} is not part of leattn {__version__}; the README says what is there")
     raise AttributeError(f"leattn {__version__} has no {name!r}; it has {', '.join(__all__)}")
 
 

@@ -135,9 +135,10 @@ def test_a_flash_model_is_moved_under_auto_and_refused_by_name():
     model = make_model("llama")
     model.config._attn_implementation_internal = "flash_attention_2"  # as if it were loaded so; no kernel is needed here
     expected = leattn.forward(shared_model("llama"), fan(), backend="sdpa").logits
-    with attend(model, fan()) as attention:
-        assert attention.backend.name == "sdpa"
-        torch.testing.assert_close(model(**attention.inputs).logits, expected)
+    for mask, chosen in ((None, "sparse"), (torch.ones(1, 1, 17, 17, dtype=torch.bool), "sdpa")):
+        with attend(model, fan(), mask=mask) as attention:
+            assert attention.backend.name == chosen
+            torch.testing.assert_close(model(**attention.inputs).logits, expected, rtol=1e-4, atol=1e-4)
     assert model.config._attn_implementation == "flash_attention_2"
     with pytest.raises(
         BackendError, match="unknown backend 'flash_attention_2'; choose one of 'auto', 'eager', 'sdpa', 'flex', 'sparse'"
@@ -261,6 +262,88 @@ def test_what_sparse_cannot_carry_is_refused():
         layer.self_attn.attention_dropout = 0.1
     with pytest.raises(BackendError, match=r"no attention dropout; use model.eval"):
         leattn.forward(model.train(), prompt, backend="sparse")
+
+
+@pytest.mark.parametrize("loaded", ["eager", "sdpa"])
+def test_auto_takes_sparse_where_it_serves(loaded):
+    model, prompt = make_model("llama", loaded), fan()
+    plain = compile_prompt(causal([[5, 6, 7], [8, 9]]))
+    for prompts, chosen in ((prompt, "sparse"), ([prompt, plain], "sparse"), (plain, loaded), ([plain, plain], loaded)):
+        with attend(model, prompts) as attention:
+            assert attention.backend.name == chosen
+            assert model.config._attn_implementation == attention.backend.implementation
+    with attend(make_model("gemma2", "eager"), prompt) as attention:  # soft-capped
+        assert attention.backend.name == "eager"
+    with leattn.interventions.intervene(model, prompt, [leattn.interventions.Suppress("doc0", 0.5)]) as attention:
+        assert attention.backend.name == loaded
+    with attend(model, prompt) as outer:
+        assert outer.backend.name == "sparse"
+        with attend(model, prompt, mask=torch.ones(1, 1, 17, 17, dtype=torch.bool)) as inner:
+            assert inner.backend.name == loaded
+        with attend(model, plain) as inner:
+            assert inner.backend.name == "sparse"
+
+
+def test_auto_moves_on_where_a_call_asks_for_more_than_sparse_has():
+    model, prompt = make_model("llama", "eager"), fan()
+    expected = leattn.forward(model, prompt, backend="eager", output_attentions=True)
+    state = copy.deepcopy(traces(model))
+    with attend(model, prompt) as attention:
+        assert attention.backend.name == "sparse"
+        found = model(**attention.inputs, output_attentions=True)
+        assert attention.backend.name == "eager"
+    torch.testing.assert_close(found.attentions, expected.attentions)
+    assert traces(model) == state
+
+    hidden = torch.ones(1, 17, dtype=torch.long)
+    hidden[0, 2] = 0
+    logits = []
+    for backend in ("auto", "eager"):
+        with attend(model, prompt, backend=backend) as attention, torch.no_grad():
+            logits.append(model(prompt.input_ids, attention_mask=hidden).logits)
+            assert attention.backend.name == "eager"
+    torch.testing.assert_close(*logits)
+    with attend(model, prompt, backend="sparse"), pytest.raises(BackendError, match="no attention weights to return"):
+        model(prompt.input_ids, output_attentions=True)
+    assert traces(model) == state
+
+
+def test_auto_leaves_training_with_dropout_or_checkpointing_to_the_current_implementation():
+    model, prompt = make_model("llama", "sdpa", attention_dropout=0.1), fan()
+    with attend(model, prompt) as attention:
+        assert attention.backend.name == "sparse"
+        model.train()  # inside of the block
+        model(prompt.input_ids)
+        assert attention.backend.name == "sdpa"
+    with attend(model, prompt) as attention:
+        assert attention.backend.name == "sdpa"
+    model = make_model("llama", "eager").train()
+    model.gradient_checkpointing_enable()
+    loss = leattn.forward(model, prompt, use_cache=False).logits.pow(2).mean()
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_auto_goes_along_with_what_another_thread_runs_on():
+    model, graph, plain = make_model("llama", "sdpa"), fan(), compile_prompt(causal([[5, 6, 7], [8, 9]]))
+    expected = [leattn.forward(model, prompt).logits for prompt in (graph, plain)]
+    failures, start = [], threading.Barrier(6)
+
+    def work(prompt, logits):
+        try:
+            start.wait()
+            for _ in range(20):
+                torch.testing.assert_close(leattn.forward(model, prompt).logits, logits, rtol=1e-4, atol=1e-4)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=((graph, plain)[i % 2], expected[i % 2])) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_an_additive_mask_is_refused_by_flex():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from strategies import VISIBILITIES, graphs
 
 from leattn import ICLNode, causal, chain, compile_prompt, parallel
 from leattn.backends.batch import Batch, MaskRequest
-from leattn.backends.plan import Group, plan_groups
+from leattn.backends.plan import Group, Mixed, Stretch, plan_groups
 from leattn.backends.sparse import Plan, sparse_attention
+from leattn.visible import merge
 
 
 def request(rows, first, stop):
@@ -98,13 +102,13 @@ def test_every_kind_of_group(shape):
 def test_plans_are_few_groups():
     def plan(shape):
         prompt = SHAPES[shape]
-        return plan_groups(prompt.visible, prompt.offsets, range(len(prompt)))
+        size = len(prompt)
+        return plan_groups(Batch([prompt], torch.device("cpu")).stretches(request(1, 0, size))[0])
 
     assert plan("causal") == [Group(0, 240, 1, ())]
-    # The first that sees the head is one run with it, as plain causal text would be.
-    assert plan("siblings") == [Group(0, 12, 1, ()), Group(12, 7, 29, ((0, 5),)), Group(215, 6, 1, ((0, 215),))]
+    assert plan("siblings") == [Group(0, 5, 1, ()), Group(5, 7, 30, ((0, 5),)), Group(215, 6, 1, ((0, 215),))]
     assert plan("chain") == [Group(0, 60, 1, ()), Group(60, 30, 10, (), window=30)]
-    assert [group.count for group in plan("questions on a context")] == [1, 5]
+    assert [group.count for group in plan("questions on a context")] == [1, 6]
 
 
 class Largest(torch.utils._python_dispatch.TorchDispatchMode):
@@ -131,3 +135,80 @@ def test_nothing_of_size_s_by_s_is_made():
         sparse_attention(None, query, key, value, Plan(batch, request(1, 0, size)))
     assert largest.elements <= query.numel()
     assert largest.elements < size * size // 100
+
+
+class Programme(Batch):
+    """What a growing sequence would ask for: one row, and any stretches."""
+
+    def __init__(self, stretches):
+        self.given = stretches
+        self.table = SimpleNamespace(columns=stretches[-1].stop)
+
+    def repeats(self, rows):
+        return rows
+
+    def stretches(self, request):
+        return [self.given]
+
+
+def by_hand(stretches, first, stop):
+    """The mask of some stretches, token by token."""
+    mask = torch.zeros(stop - first, stop, dtype=torch.bool)
+    for stretch in stretches:
+        for query in range(stretch.start, stretch.stop):
+            for a, b in stretch.seen:
+                mask[query - first, a:b] = True
+            mask[query - first, stretch.start : query + 1] = True
+    return mask
+
+
+def check_stretches(stretches):
+    first, stop = stretches[0].start, stretches[-1].stop
+    query, key, value = tensors(1, stop - first, stop)
+    plan = Plan(Programme(stretches), request(1, first, stop))
+    with torch.no_grad():
+        output = sparse_attention(None, query, key, value, plan)[0]
+    expected = dense(query, key, value, by_hand(stretches, first, stop)[None])
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    return [planned.step for planned in plan.prompts[0]]
+
+
+def branches(count, shared, steps):
+    """One decoding step of branches that share a prompt; each one's tokens lie apart, one in every ``count`` columns."""
+    first = shared + count * steps
+    own = [[(column, column + 1) for column in range(shared + i, first, count)] for i in range(count)]
+    return [Stretch(first + i, first + i + 1, merge([(0, shared), *own[i]])) for i in range(count)]
+
+
+def test_branches_that_decode_side_by_side_are_one_call():
+    steps = check_stretches(branches(16, 400, 30))
+    assert [type(step) for step in steps] == [Mixed]
+    assert steps[0].keys.tolist() == list(range(896))
+    assert check_stretches(branches(5, 20, 0)) == [Group(20, 1, 5, ((0, 20),))]
+
+
+def test_branches_with_little_in_common_are_not_all_computed_together():
+    apart = [Stretch(8000 + i, 8001 + i, ((1000 * i, 1000 * i + 1000),)) for i in range(8)]
+    steps = check_stretches(apart)
+    assert sum(step.mask.size if isinstance(step, Mixed) else 1001 for step in steps) <= 3 * 8 * 1001
+
+
+def test_decoding_beside_nodes_that_start():
+    decoding = branches(4, 50, 10)
+    start = decoding[-1].stop
+    starting = [Stretch(start, start + 9, ((0, 50),)), Stretch(start + 9, start + 18, ((0, 50), (60, 61), (64, 65)))]
+    more = [Stretch(start + 18, start + 19, ((3, 7), (20, 30), (start, start + 9)))]
+    assert [type(step) for step in check_stretches([*decoding, *starting, *more])] == [Mixed, Group, Group, Group]
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_any_stretches(data):
+    first = data.draw(st.integers(0, 12))
+    stretches, start = [], first
+    for _ in range(data.draw(st.integers(1, 6))):
+        stop = start + data.draw(st.sampled_from([1, 1, 1, 2, 5]))
+        seen = data.draw(st.sets(st.integers(0, start - 1))) if start else ()
+        stretches.append(Stretch(start, stop, merge([(column, column + 1) for column in seen])))
+        start = stop
+    check_stretches(stretches)

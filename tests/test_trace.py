@@ -158,7 +158,7 @@ def test_roots_are_what_sees_nothing():
     cut = trace(shared_model("llama"), prompt.without_edge("doc1", "root"))
     assert cut.roots == ("root", "doc1")
     assert cut.sinks.shape == (3, 4, 2)
-    assert repr(cut) == "Trace(3 layers, 4 heads, 5 nodes, 17 tokens, backend 'eager')"
+    assert repr(cut) == "Trace(3 layers, 4 heads, 5 nodes, 17 tokens, backend 'sparse')"
 
 
 def test_a_first_token_nobody_else_sees_has_no_number():

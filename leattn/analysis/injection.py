@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from leattn.analysis.targets import Target, target_ids
-from leattn.backends.attend import forward
+from leattn.generation.forward import forward
 from leattn.compile import CompiledPrompt
 from leattn.errors import LeattnError
 from leattn.interventions.hidden import Inject

@@ -6,12 +6,14 @@ Shapes: P prompts, B rows (a multiple of P: beams and return sequences repeat a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
+from leattn import masks
+from leattn.backends.plan import Stretch, clipped, prompt_stretches
 from leattn.compile import CompiledPrompt
 from leattn.errors import BackendError, LeattnError, choices
 from leattn.masks import MaskTable, additive
@@ -98,6 +100,40 @@ class Batch:
         starts = starts.repeat_interleave(self.repeats(request.rows))
         index = torch.arange(request.padding.shape[1], device=request.padding.device)
         return bool((request.padding.bool() | (index < starts[:, None])).all())
+
+    @cached_property
+    def _stretches(self) -> list[list[Stretch]]:
+        return [
+            prompt_stretches(prompt.visible, [padding + offset for offset in prompt.offsets])
+            for prompt, padding in zip(self.prompts, self.table.padding, strict=True)
+        ]
+
+    @cached_property
+    def kept(self) -> dict[tuple[int, int], Any]:
+        """What a backend keeps from one decoding step to the next, by layer and prompt; empty whenever the prompt runs."""
+        return {}
+
+    def stretches(self, request: MaskRequest) -> list[list[Stretch]]:
+        """The queries of each prompt as stretches that see the same keys; padding is in none of them."""
+        found = []
+        for stretches in self._stretches:
+            # Generated tokens see the last node and what it sees, as if it went on.
+            last = replace(stretches[-1], stop=max(stretches[-1].stop, request.queries.stop))
+            found.append(clipped([*stretches[:-1], last], request.queries))
+        return found
+
+    def block_counts(self, request: MaskRequest, block: int) -> torch.Tensor:
+        """Allowed pairs in each block of ``block`` queries × ``block`` keys, padding included, ``[P, Q blocks, K blocks]``."""
+        counts = []
+        for prompt, padding in zip(self.prompts, self.table.padding, strict=True):
+            visible, offsets = prompt.visible, [padding + offset for offset in prompt.offsets]
+            if request.queries.stop > offsets[-1]:
+                visible, offsets = visible.continued(), [*offsets, request.queries.stop]
+            part = masks.block_counts(visible, offsets, request.queries, request.keys, block)
+            for column in range(request.queries.start, min(padding, request.queries.stop)):  # padding sees itself
+                part[(column - request.queries.start) // block, column // block] += 1
+            counts.append(torch.from_numpy(part))
+        return torch.stack(counts)
 
     def allowed(self, request: MaskRequest) -> torch.Tensor:
         """Who may attend, ``[B, 1 or H, Q, K]`` bool: the graph, the user's mask if boolean, and the caller's padding."""

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 
@@ -37,7 +37,8 @@ class Attention:
     forward passes in the block, and the tokens they computed (padding and every beam's row included).
 
     ``wrapped``, ``operations`` and ``reenter`` belong to interventions: what is around each layer's attention, what was asked
-    for, and how a block inside this one is entered so that it is asked for there too.
+    for, and how a block inside this one is entered so that it is asked for there too. ``alternatives`` are the other backends
+    that ``"auto"`` may move to, best first.
     """
 
     base: Any
@@ -52,6 +53,8 @@ class Attention:
     columns: range = range(0)
     masks_asked: int = 0
     made_ahead: Any = None
+    alternatives: tuple[Backend, ...] = ()
+    cache: Callable[[], Any] = lambda: None
 
     def __repr__(self) -> str:
         return f"Attention({len(self.batch.prompts)} prompts, backend {self.backend.name!r}, {self.forwards} forwards so far)"
@@ -161,6 +164,10 @@ def _bind(attention: Attention, outer: tuple[Attention, ...]) -> None:
             )
             binding = _bindings[base] = _Binding(current, handles)
         try:
+            if current != attention.implementation and _others_use(binding, base, outer):
+                # Under "auto", what another thread runs on is as good if it serves.
+                same = (other for other in attention.alternatives if other.implementation == current)
+                attention.backend = next(same, attention.backend)
             if current != attention.implementation:
                 _check_switch(attention, binding, outer)
                 binding.switches.append((attention, hf.switch(base, attention.implementation)))
@@ -171,14 +178,47 @@ def _bind(attention: Attention, outer: tuple[Attention, ...]) -> None:
         binding.blocks += 1
 
 
+def _others_use(binding: _Binding, base: Any, around: tuple[Attention, ...]) -> bool:
+    """Whether blocks on the model are open in other threads, given those around the current code."""
+    return binding.blocks > sum(block.base is base for block in around)
+
+
+def implementation_elsewhere(base: Any) -> str | None:
+    """What the model runs on if another thread is following a graph on it, else None."""
+    with _lock:
+        binding = _bindings.get(base)
+        if binding is None or not _others_use(binding, base, _attentions.get()):
+            return None
+        return str(base.config._attn_implementation)
+
+
+def trains_otherwise(base: Any) -> bool:
+    """Whether the model is in training with what needs transformers' own attention: dropout, gradient checkpointing."""
+    if not base.training:
+        return False
+    drops = (value for name, value in base.config.to_dict().items() if "drop" in name)
+    return getattr(base, "is_gradient_checkpointing", False) or any(isinstance(value, float) and value > 0 for value in drops)
+
+
+def _move(attention: Attention) -> None:
+    """Go on with another backend: ``"auto"`` took sparse, and the model is called with what sparse does not serve."""
+    base = attention.base
+    with _lock:
+        attention.backend, attention.alternatives = attention.alternatives[0], ()
+        if base.config._attn_implementation != attention.implementation:
+            binding = _bindings[base]
+            _check_switch(attention, binding, _attentions.get())
+            binding.switches.append((attention, hf.switch(base, attention.implementation)))
+
+
 def _check_switch(attention: Attention, binding: _Binding, outer: tuple[Attention, ...]) -> None:
     base, implementation = attention.base, attention.implementation
-    if binding.blocks > sum(other.base is base for other in outer):
+    if _others_use(binding, base, outer):
         raise BackendError(
             f"another thread is using this model with {base.config._attn_implementation!r}; "
             f"one model runs one implementation at a time, so use the same backend in both, not {implementation!r}"
         )
-    if base.training and getattr(base, "is_gradient_checkpointing", False):
+    if base.training and getattr(base, "is_gradient_checkpointing", False) and implementation != binding.loaded_with:
         raise BackendError(
             "gradient checkpointing runs the layers again in backward, when this block may have ended and the model is back "
             f"on {binding.loaded_with!r}; call model.set_attn_implementation({implementation!r}) first"
@@ -191,7 +231,7 @@ def _unbind(attention: Attention) -> None:
         binding.blocks -= 1
         # Where another thread still runs on what this block switched to, the last block on the model switches back.
         around = sum(other.base is attention.base for other in _attentions.get())
-        if binding.switches and binding.switches[-1][0] is attention and binding.blocks == around:
+        while binding.switches and binding.switches[-1][0] is attention and binding.blocks == around:
             binding.switches.pop()[1]()
         if not binding.blocks:
             _release(attention.base, binding)
@@ -215,10 +255,30 @@ def _before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
         )
     given = by_name(module, args, kwargs)
     attention.masks_asked = 0
+    if attention.backend.name == "sparse":
+        _check_sparse(attention, given)
     prepared = prepared_call(attention, given)
+    if attention.cache() is not prepared.get("past_key_values"):
+        attention.batch.kept.clear()
+        attention.cache = _reference(prepared.get("past_key_values"))
     attention.forwards += 1
     _forwards.set((*(other for other in _forwards.get() if other.base is not module), attention))
     return (), prepared
+
+
+def _check_sparse(attention: Attention, call: dict[str, Any]) -> None:
+    """Move on from sparse, or refuse, where a call asks for what only another backend has."""
+    asked = call.get("output_attentions")
+    wants_weights = attention.base.config.output_attentions if asked is None else asked
+    if attention.alternatives and (wants_weights or trains_otherwise(attention.base)):
+        _move(attention)
+    elif wants_weights:
+        raise BackendError("sparse has no attention weights to return; use backend='eager' for output_attentions")
+
+
+def _reference(cache: Any) -> Callable[[], Any]:
+    """Something that gives the cache for as long as it lives, without keeping it alive."""
+    return (lambda: None) if cache is None else ref(cache)
 
 
 def _after(module: Any, _args: tuple[Any, ...], output: Any) -> None:
@@ -250,6 +310,8 @@ def _answer(config: Any, implementation: str, request: MaskRequest, plain: Any) 
 def _mask(attention: Attention, implementation: str, request: MaskRequest, plain: Any) -> Any:
     if attention.implementation != implementation:
         raise BackendError(f"the model was switched to {implementation!r} inside attend; leave the block first")
+    if attention.backend.name == "sparse" and attention.alternatives and not attention.batch.is_own_padding(request):
+        _move(attention)
     if attention.backend.name == "sdpa" and attention.batch.is_plain and attention.wrapped is None:
         return plain()
     return attention.backend.mask(attention.batch, request)

@@ -72,8 +72,8 @@ def several_sinks(prompt: CompiledPrompt) -> str:
     """Why a prompt whose branches end apart cannot be continued as one."""
     names = ", ".join(repr(prompt.graph.names[sink]) for sink in prompt.graph.sinks[:6])
     return (
-        f"a prompt with several sinks ({names}) has no single continuation yet; let one last node see them, or compile and "
-        "generate each sink by itself"
+        f"a prompt with several sinks ({names}) has no single continuation; leattn.generate continues all of them together, "
+        "or let one last node see them"
     )
 
 

@@ -43,7 +43,7 @@ class Flex:
         mask_mod = batch.table.mask_mod(
             rows_per_prompt=batch.repeats(request.rows), query_offset=request.queries.start, window=request.window
         )
-        counts = torch.stack([self._counts(batch, p, request) for p in range(len(batch.prompts))])
+        counts = batch.block_counts(request, BLOCK)
         counts = counts.repeat_interleave(batch.repeats(request.rows), 0).to(request.device)
         full = counts == BLOCK * BLOCK
         if request.window is not None:
@@ -51,18 +51,6 @@ class Flex:
         if not batch.is_own_padding(request):
             mask_mod, full = _and_padding(mask_mod, request), torch.zeros_like(full)
         return masks.block_mask_from_counts(counts, size, BLOCK, mask_mod, full)
-
-    @staticmethod
-    def _counts(batch: Batch, p: int, request: MaskRequest) -> torch.Tensor:
-        """Pairs per block for prompt p, padding and continuation included, ``[Q blocks, K blocks]``."""
-        prompt, padding = batch.prompts[p], batch.table.padding[p]
-        visible, offsets = prompt.visible, [padding + offset for offset in prompt.offsets]
-        if request.queries.stop > offsets[-1]:
-            visible, offsets = visible.continued(), [*offsets, request.queries.stop]
-        counts = masks.block_counts(visible, offsets, request.queries, request.keys, BLOCK)
-        for column in range(request.queries.start, min(padding, request.queries.stop)):  # padding sees itself
-            counts[(column - request.queries.start) // BLOCK, column // BLOCK] += 1
-        return torch.from_numpy(counts)
 
     @staticmethod
     def _windowed(

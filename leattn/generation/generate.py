@@ -1,25 +1,22 @@
-"""``generate``: a prompt with one sink is continued by transformers' own ``generate``."""
+"""``generate``: one sink goes through transformers' own ``generate``, everything else runs as a program."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, overload
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from leattn.backends import hf
-from leattn.backends.attend import attend, check_positions
-from leattn.backends.binding import Attention
-from leattn.backends.call import several_sinks
-from leattn.compile import CompiledPrompt, compile_prompt
+from leattn.compile import CompiledPrompt, as_graph, compile_prompt
+from leattn.dag.gennode import GenNode
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode
 from leattn.errors import LeattnError
-from leattn.generation.result import Generation, Stats
-from leattn.generation.result import Sequence as Continuation
+from leattn.generation.program import is_program
+from leattn.generation.result import Generation
+from leattn.generation.sink import continue_sinks
+from leattn.generation.together import OnInterrupt, ProgramOptions, write_together
+from leattn.kv.store import KVStore
 from leattn.positions import Positions
 from leattn.visible import Visibility
 
@@ -41,44 +38,77 @@ def generate(
     positions: Positions = "after_parents",
     visibility: Visibility = "parents",
     backend: str = "auto",
+    kv_store: KVStore | None = None,
     seed: int | None = None,
+    streamer: Any = None,
+    on_finished: Callable[[str, str], None] | None = None,
+    progress: bool = False,
+    token_budget: int | None = None,
+    on_interrupt: OnInterrupt = "raise",
     **hf_generate_kwargs: Any,
 ) -> Generation | list[Generation]:
-    """Continue the sink of a graph with transformers' own ``generate``.
+    """Continue the sinks of a graph, or write its ``GenNode`` s.
+
+    A graph with one sink goes through transformers' own ``generate``. With several sinks, all of them are continued together;
+    with ``GenNode`` s only those are written, each as soon as everything it sees is complete. Both run as a program: one
+    sequence, one cache, one forward per step, in which no token is computed twice.
 
     Parameters
     ----------
     model
         A transformers model with ``generate``.
     target
-        A compiled prompt, a graph or a node; a list of them is a batch and gives a list.
+        A compiled prompt, a graph or a node; a list of them is a batch and gives a list. Programs in a list run in one
+        sequence and share the nodes that they have in common.
     tokenizer, positions, visibility
         To compile with; a compiled prompt brings its own.
     backend
         As in :func:`leattn.attend`.
+    kv_store
+        Keys and values of nodes are taken from it where it has them, and given to it where it has not.
     seed
-        Seeds sampling, and leaves the global random state as it was.
+        Seeds sampling, and leaves the global random state as it was. In a program every branch draws by itself, from the seed
+        and its name, so that its neighbours never change its draws.
+    streamer
+        For one sink a streamer of transformers; for a program a function ``(node id, text piece)``.
+    on_finished
+        Programs only: called with ``(node id, text)`` when a node is finished.
+    progress
+        Programs only: a progress bar over the nodes to write.
+    token_budget
+        Programs only: how many tokens one step feeds at most, which bounds its memory; branches past it wait.
+    on_interrupt
+        Programs only: ``"return"`` gives what was written so far after a keyboard interrupt, with ``complete`` False.
     **hf_generate_kwargs
         Everything that ``model.generate`` takes: ``max_new_tokens``, ``do_sample``, ``num_beams``, ``num_return_sequences``,
-        ``streamer``, ``stopping_criteria``, ``logits_processor``, ``assistant_model``, ``use_cache``, …
+        ``stopping_criteria``, ``logits_processor``, ``assistant_model``, ``use_cache``, … A program takes what a
+        ``GenerationConfig`` says about one sequence, for all branches alike; what a ``GenNode`` says itself wins.
 
     Returns
     -------
     Generation
-        ``.text`` is the continuation; see there for the rest.
+        ``.text`` is what was written; see there for the rest.
 
     Raises
     ------
     LeattnError
-        Several sinks, arguments that belong to the prompt, positions that the model does not have.
+        Arguments that belong to the prompt, positions that the model does not have, beams or several return sequences in a
+        program.
 
     Examples
     --------
     >>> import leattn
+    >>> from leattn import GenNode, ICLNode
     >>> model, tokenizer = leattn.tiny.load()
-    >>> result = leattn.generate(model, leattn.ICLNode("The capital of"), tokenizer, max_new_tokens=3)
+    >>> result = leattn.generate(model, ICLNode("The capital of"), tokenizer, max_new_tokens=3)
     >>> result.stats.generated <= 3
     True
+    >>> fact = ICLNode("The capital of Zarvia is Mirelle.", id="fact")
+    >>> first = GenNode("\\nQ: What is the capital of Zarvia?\\nA:", [fact], "first", max_new_tokens=4)
+    >>> second = GenNode("\\nA:", [fact, first], "second", max_new_tokens=4)
+    >>> result = leattn.generate(model, ICLGraph(second), tokenizer)
+    >>> list(result.texts), result.realised["first"] is not first
+    (['first', 'second'], True)
     """
     is_batch = isinstance(target, Sequence)
     targets: Sequence[Target] = target if isinstance(target, Sequence) else [target]
@@ -89,89 +119,43 @@ def generate(
             raise LeattnError(
                 f"{name} comes from the prompt; put the tokens into a node, or use leattn.attend with model.generate"
             )
-    prompts = [
-        item
-        if isinstance(item, CompiledPrompt)
-        else compile_prompt(item, tokenizer, positions=positions, visibility=visibility)
-        for item in targets
-    ]
-    for prompt in prompts:
-        if len(prompt.graph.sinks) > 1:
-            raise LeattnError(several_sinks(prompt))
-    if tokenizer is None:
-        tokenizer = prompts[0].tokenizer
-    options = _options(model, tokenizer, hf_generate_kwargs)
-    check_positions(prompts, hf.read_facts(model), new_tokens=_new_tokens(model, prompts, options))
+    prompts: list[CompiledPrompt | ICLGraph] = []
+    for item in targets:
+        graph = item if isinstance(item, CompiledPrompt) else as_graph(item)
+        if isinstance(graph, ICLGraph) and not any(isinstance(node, GenNode) for node in graph.nodes):
+            if positions == "sequential" and len(graph.sinks) > 1:
+                raise LeattnError(
+                    f"with positions='sequential' the {len(graph.sinks)} sinks of a graph would go on at each other's "
+                    "positions; use 'after_parents', or compile and generate each sink by itself"
+                )
+            graph = compile_prompt(graph, tokenizer, positions=positions, visibility=visibility)
+        if isinstance(graph, CompiledPrompt) and tokenizer is None:
+            tokenizer = graph.tokenizer
+        prompts.append(graph)
 
-    with attend(model, prompts, backend=backend) as attention, _seeded(seed, attention.facts.device):
-        started = time.perf_counter()
-        output = model.generate(**attention.inputs, **options)
-        seconds = time.perf_counter() - started
-    rows = output if isinstance(output, torch.Tensor) else output.sequences
-    results = _results(prompts, rows, attention, _end_ids(model, options), seconds)
-    return results if is_batch else results[0]
-
-
-def _options(model: Any, tokenizer: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """The caller's arguments, and a padding id where the model has none (transformers would warn and do the same)."""
-    options = dict(given)
-    if options.get("stop_strings") is not None:
-        options.setdefault("tokenizer", tokenizer)
-    config = options.get("generation_config") or model.generation_config
-    if options.get("pad_token_id") is None and config.pad_token_id is None:
-        ends = _end_ids(model, options)
-        options["pad_token_id"] = ends[0] if ends else 0
-    return options
-
-
-def _end_ids(model: Any, options: dict[str, Any]) -> list[int]:
-    config = options.get("generation_config") or model.generation_config
-    end = options.get("eos_token_id", config.eos_token_id)
-    if end is None:
-        return []
-    return [int(token) for token in (end if isinstance(end, (list, tuple)) else torch.as_tensor(end).flatten().tolist())]
-
-
-def _new_tokens(model: Any, prompts: Sequence[CompiledPrompt], options: dict[str, Any]) -> int:
-    """How many tokens at most will be generated, as transformers counts: its own default is 20."""
-    config = options.get("generation_config") or model.generation_config
-    new = options.get("max_new_tokens") or config.max_new_tokens
-    if new is None:
-        total = options.get("max_length") or config.max_length
-        new = 20 if total is None else max(0, total - max(len(prompt) for prompt in prompts))
-    return int(new)
-
-
-@contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-def _results(
-    prompts: Sequence[CompiledPrompt], rows: torch.Tensor, attention: Attention, ends: list[int], seconds: float
-) -> list[Generation]:
-    """Split the rows ``[P × sequences, columns]`` by prompt and cut the prompt and what follows an EOS."""
-    per_prompt = len(rows) // len(prompts)
-    new = rows[:, attention.batch.table.columns :].cpu()
-    results = []
-    for p, prompt in enumerate(prompts):
-        sequences = []
-        for row in new[p * per_prompt : (p + 1) * per_prompt]:
-            stops = torch.isin(row, torch.tensor(ends, dtype=row.dtype)).nonzero()
-            ids = row[: int(stops[0])] if len(stops) else row
-            sequences.append(Continuation(prompt.decode(ids), ids))
-        stats = Stats(
-            computed=attention.computed,
-            reused=0,
-            generated=sum(len(sequence.token_ids) for sequence in sequences),
-            steps=attention.forwards,
-            seconds=seconds,
+    options = ProgramOptions(streamer, on_finished, progress, token_budget, on_interrupt)
+    if any(is_program(prompt) for prompt in prompts) or (kv_store is not None and len(prompts) > 1):
+        results = write_together(
+            model,
+            prompts,
+            tokenizer,
+            positions=positions,
+            visibility=visibility,
+            backend=backend,
+            kv_store=kv_store,
+            seed=seed,
+            options=options,
+            config=hf_generate_kwargs,
         )
-        sink = prompt.graph.names[prompt.graph.sinks[0]]
-        results.append(Generation(prompt, {sink: tuple(sequences)}, attention.backend.name, stats))
-    return results
+    else:
+        given = [name for name in ("on_finished", "token_budget") if getattr(options, name) is not None]
+        if given or progress or on_interrupt != "raise":
+            name = (*given, "progress", "on_interrupt")[0]
+            raise LeattnError(f"{name} is for programs; a graph with one sink and no GenNode is continued by transformers")
+        if streamer is not None:
+            hf_generate_kwargs["streamer"] = streamer
+        single = [prompt for prompt in prompts if isinstance(prompt, CompiledPrompt)]
+        results = continue_sinks(
+            model, single, tokenizer, backend=backend, kv_store=kv_store, seed=seed, options=hf_generate_kwargs
+        )
+    return results if is_batch else results[0]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from html import escape
 
 import torch
@@ -12,11 +13,15 @@ from leattn.compile import CompiledPrompt
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode
 from leattn.errors import GraphError, LeattnError
+from leattn.generation.realise import continued_graph, written_graph
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """One continuation of one branch: ``token_ids`` ``[n]`` without a trailing EOS, and their text."""
+    """One continuation of one branch: ``token_ids`` ``[n]`` without a trailing EOS or a matched stop string, and their text.
+
+    The text goes up to a matched stop string; the ids end at the last token boundary before it.
+    """
 
     text: str
     token_ids: torch.Tensor
@@ -25,7 +30,8 @@ class Sequence:
 @dataclass(frozen=True)
 class Stats:
     """What a generation cost. ``computed`` counts tokens that went through the model, prompt included; ``reused`` those whose
-    keys and values were at hand already; ``generated`` the new ones; ``steps`` forward passes."""
+    keys and values were at hand already; ``generated`` the new ones; ``steps`` forward passes. Programs that ran together in
+    one sequence share one count."""
 
     computed: int
     reused: int
@@ -36,24 +42,34 @@ class Stats:
 
 @dataclass(frozen=True, eq=False)
 class Generation:
-    """The continuation of a prompt.
+    """What the model wrote: the continuation of a prompt's sinks, or the ``GenNode`` s of a graph.
 
     Attributes
     ----------
-    prompt : CompiledPrompt
-        What was continued.
+    graph : ICLGraph
+        What was asked for.
+    prompt : CompiledPrompt or None
+        What was continued; None for a graph with nodes to write, which compiles once it is :attr:`realised`.
     branches : mapping of str to tuple of Sequence
-        For each continued node, by name, its continuations: one, or as many as ``num_return_sequences`` asked for.
+        For each continued or written node, by name, what was written: one, or as many as ``num_return_sequences`` asked for.
     backend : str
         Which backend ran.
     stats : Stats
         Tokens, steps and seconds.
+    headers : mapping of str to tuple of int
+        The token ids of the headers of written nodes.
+    complete : bool
+        False after an interrupt, with ``on_interrupt="return"``: what was being written is cut off, what had not begun is not
+        among the branches.
     """
 
-    prompt: CompiledPrompt
+    graph: ICLGraph
+    prompt: CompiledPrompt | None
     branches: Mapping[str, tuple[Sequence, ...]]
     backend: str
     stats: Stats
+    headers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    complete: bool = True
 
     @property
     def text(self) -> str:
@@ -83,22 +99,23 @@ class Generation:
         return self._only_branch()
 
     def __getitem__(self, key: ICLNode | str) -> str:
-        """The text that continues a node."""
-        name = self.prompt.graph.name(key)
+        """The text that continues a node, or that the model wrote for it."""
+        name = self.graph.name(key)
         if name not in self.branches:
             raise GraphError(f"node {name!r} was not continued; these were: {', '.join(map(repr, self.branches))}")
         return self.branches[name][0].text
 
-    @property
+    @cached_property
     def realised(self) -> ICLGraph:
-        """The graph with the (first) continuation as a node, ready to be compiled, plotted or extended.
+        """The graph with (the first of) what was written as nodes, ready to be compiled, plotted, traced or extended.
 
-        The new node sees the continued one and what that one sees; it is called ``"… (continued)"`` after it and pinned to the
-        position at which it was generated. A continuation of no tokens adds no node.
+        A written node keeps its name. What continues a sink becomes a node called ``"… (continued)"`` after it, which sees the
+        sink and what that sees, pinned to the position at which it was generated; a continuation of no tokens adds no node.
         """
-        (name, sequences), *_ = self.branches.items()
-        ids = sequences[0].token_ids
-        return self.prompt.continued(ids, f"{name} (continued)").graph if len(ids) else self.prompt.graph
+        written = {name: sequences[0].token_ids.tolist() for name, sequences in self.branches.items()}
+        if self.prompt is not None:
+            return continued_graph(self.prompt, written)
+        return written_graph(self.graph, self.headers, written)
 
     def _only_branch(self) -> tuple[Sequence, ...]:
         if len(self.branches) != 1:
@@ -118,5 +135,8 @@ class Generation:
             for name, sequences in self.branches.items()
             for sequence in sequences
         )
-        note = f"{self.stats.generated} new tokens, {self.stats.computed} computed, {self.stats.seconds:.2f} s, {self.backend}"
+        stats = self.stats
+        reused = f", {stats.reused} reused" if stats.reused else ""
+        cut = "" if self.complete else ", interrupted"
+        note = f"{stats.generated} new tokens, {stats.computed} computed{reused}, {stats.seconds:.2f} s, {self.backend}{cut}"
         return f"<table>{rows}</table><p>{note}</p>"

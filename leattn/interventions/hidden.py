@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from leattn.backends.attend import forward
+from leattn.generation.forward import forward
 from leattn.backends.batch import Batch
 from leattn.compile import CompiledPrompt
 from leattn.errors import LeattnError, choices

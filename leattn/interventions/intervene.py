@@ -67,7 +67,8 @@ def intervene(
             raise LeattnError(
                 f"an operation is Suppress, Freeze, RandomNoise, Shuffle, SkipAttention or Inject, not {operation!r}"
             )
-    attention = prepare(model, prompts, backend=backend, mask=mask, mask_mode=mask_mode)
+    scores = any(isinstance(operation, Suppress) for operation in operations)
+    attention = prepare(model, prompts, backend=backend, mask=mask, mask_mode=mask_mode, scores=scores)
     around = innermost(attention.base)
     inherited: tuple[Any, ...] = () if around is None else around.operations
     with _applied(attention, (*inherited, *operations)):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from leattn.backends.attend import forward
+from leattn.generation.forward import forward
 from leattn.tiny.corpus import Distractors
 from leattn.tiny.examples import PATTERNS, Example, Kind, make
 

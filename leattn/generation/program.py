@@ -1,0 +1,220 @@
+"""What a graph asks of the model, as a list: nodes to compute, nodes to write, who sees whom, and where they start.
+
+Several graphs become one program, in one sequence: a node that two of them share, seeing the same, is computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from leattn.compile import CompiledPrompt
+from leattn.dag.gennode import GenNode
+from leattn.dag.graph import ICLGraph
+from leattn.dag.node import ICLNode
+from leattn.dag.tokens import tokenize_all
+from leattn.errors import LeattnError, choices
+from leattn.positions import SCHEMES, Positions
+from leattn.visible import Run, Visibility, Visible, merge, visible_relation
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One node of a program.
+
+    ``ids`` are its tokens, or the header of what the model writes; a continuation has none, and goes on from the last token of
+    the unit ``follows``. ``start`` is its first position, or None: after what it sees.
+    """
+
+    name: str
+    ids: tuple[int, ...]
+    start: int | None
+    writes: bool = False
+    follows: int | None = None
+    max_new_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Program:
+    """Units in an order in which each comes after those it sees, and the visible relation over them."""
+
+    units: tuple[Unit, ...]
+    visible: Visible
+
+    @cached_property
+    def sees(self) -> tuple[tuple[int, ...], ...]:
+        """The units that each unit sees, ascending."""
+        return tuple(tuple(self.visible.nodes_seen(i)) for i in range(len(self.units)))
+
+    @cached_property
+    def written(self) -> tuple[int, ...]:
+        """The units that the model writes."""
+        return tuple(i for i, unit in enumerate(self.units) if unit.writes)
+
+    @cached_property
+    def waits_for(self) -> tuple[frozenset[int], ...]:
+        """The written units that each unit depends on, however far back, itself not included."""
+        waits: list[frozenset[int]] = []
+        for seen in self.sees:
+            direct = frozenset(j for j in seen if self.units[j].writes)
+            waits.append(direct.union(*(waits[j] for j in seen)))
+        return tuple(waits)
+
+    def upwards(self, i: int) -> list[int]:
+        """What unit i sees, what those see, and so on, ascending; itself not included."""
+        found: set[int] = set()
+        stack = [i]
+        while stack:
+            for j in self.sees[stack.pop()]:
+                if j not in found:
+                    found.add(j)
+                    stack.append(j)
+        return sorted(found)
+
+    @cached_property
+    def followers(self) -> Mapping[int, tuple[int, ...]]:
+        """The continuations that go on from each unit."""
+        found: dict[int, list[int]] = {}
+        for i, unit in enumerate(self.units):
+            if unit.follows is not None:
+                found.setdefault(unit.follows, []).append(i)
+        return {i: tuple(those) for i, those in found.items()}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One target within a program: the unit of each of its nodes, in layout order, and of what is written for it, by name."""
+
+    graph: ICLGraph
+    prompt: CompiledPrompt | None
+    units: tuple[int, ...]
+    branches: Mapping[str, int]
+
+
+def is_program(target: CompiledPrompt | ICLGraph) -> bool:
+    """Whether this takes more than continuing one sink: several sinks, or nodes that the model writes."""
+    graph = target.graph if isinstance(target, CompiledPrompt) else target
+    return len(graph.sinks) > 1 or any(isinstance(node, GenNode) for node in graph.nodes)
+
+
+def build(
+    targets: Sequence[CompiledPrompt | ICLGraph], tokenizer: Any, *, positions: Positions, visibility: Visibility
+) -> tuple[Program, list[Part]]:
+    """One program of all targets. A graph is one with nodes to write; what has none comes compiled.
+
+    Raises
+    ------
+    LeattnError
+        Positions that depend on lengths which are not known yet.
+    """
+    builder = _Builder()
+    parts = [
+        builder.add_prompt(target)
+        if isinstance(target, CompiledPrompt)
+        else builder.add_graph(target, tokenizer, positions, visibility)
+        for target in targets
+    ]
+    return Program(tuple(builder.units), Visible(tuple(builder.runs))), parts
+
+
+class _Builder:
+    def __init__(self) -> None:
+        self.units: list[Unit] = []
+        self.runs: list[tuple[Run, ...]] = []
+        self.known: dict[tuple[ICLNode, int | None, tuple[Run, ...]], int] = {}
+
+    def add_graph(self, graph: ICLGraph, tokenizer: Any, positions: Positions, visibility: Visibility) -> Part:
+        first = _first_positions(positions)
+        ids = tokenize_all(graph.nodes, tokenizer)
+        visible = visible_relation(graph, visibility)
+        place: list[int] = []
+        branches = {}
+        for node, node_ids, runs in zip(graph.nodes, ids, visible.runs, strict=True):
+            name = graph.names[node]
+            mapped = _mapped(runs, place)
+            start = self._start(node, len(node_ids), mapped, first)
+            unit = Unit(name, tuple(node_ids), start)
+            if isinstance(node, GenNode):
+                unit = Unit(
+                    name,
+                    tuple(node_ids),
+                    start,
+                    writes=True,
+                    max_new_tokens=node.max_new_tokens,
+                    stop=node.stop,
+                    sampling=node.sampling,
+                )
+                branches[name] = len(place)
+            place.append(self._unit(node, unit, mapped))
+        return Part(graph, None, tuple(place), {name: place[i] for name, i in branches.items()})
+
+    def add_prompt(self, prompt: CompiledPrompt) -> Part:
+        """All sinks go on: each gets a continuation, which sees the sink and what that sees."""
+        graph, offsets = prompt.graph, prompt.offsets
+        ids, positions = prompt.input_ids[0].tolist(), prompt.position_ids[0].tolist()
+        place: list[int] = []
+        for i, node in enumerate(graph.nodes):
+            tokens = tuple(ids[offsets[i] : offsets[i + 1]])
+            unit = Unit(graph.names[node], tokens, positions[offsets[i]])
+            place.append(self._unit(node, unit, _mapped(prompt.visible.runs[i], place)))
+        branches = {}
+        for sink in graph.sinks:
+            i = graph.index[sink]
+            follows = place[i]
+            branches[graph.names[sink]] = len(self.units)
+            self.units.append(Unit(graph.names[sink], (), positions[offsets[i + 1] - 1] + 1, writes=True, follows=follows))
+            self.runs.append(merge([*self.runs[follows], (follows, follows + 1)]))
+        return Part(graph, prompt, tuple(place), branches)
+
+    def _start(self, node: ICLNode, length: int, runs: Sequence[Run], first: int | None) -> int | None:
+        """Where a node starts, as far as that is known before anything is written."""
+        if node.start_pos_id is not None:
+            return node.start_pos_id
+        if node.end_pos_id is not None:
+            return node.end_pos_id - length
+        if first is not None:
+            return first
+        ends = [self._end(i) for start, stop in runs for i in range(start, stop)]
+        known = [end for end in ends if end is not None]
+        return max(known, default=0) if len(known) == len(ends) else None
+
+    def _end(self, i: int) -> int | None:
+        unit = self.units[i]
+        return None if unit.writes or unit.start is None else unit.start + len(unit.ids)
+
+    def _unit(self, node: ICLNode, unit: Unit, runs: tuple[Run, ...]) -> int:
+        """The index of this unit: the one at hand if another target has the same node, seeing the same, in the same place."""
+        known = self.known.setdefault((node, unit.start, runs), len(self.units))
+        if known == len(self.units):
+            self.units.append(unit)
+            self.runs.append(runs)
+        return known
+
+
+def _mapped(runs: Sequence[Run], place: Sequence[int]) -> tuple[Run, ...]:
+    """Runs of one target's layout as runs of units."""
+    return merge(list(_pieces(runs, place)))
+
+
+def _pieces(runs: Sequence[Run], place: Sequence[int]) -> Iterator[Run]:
+    for start, stop in runs:
+        first = start
+        for i in range(start + 1, stop + 1):
+            if i == stop or place[i] != place[i - 1] + 1:
+                yield place[first], place[i - 1] + 1
+                first = i
+
+
+def _first_positions(positions: Positions) -> int | None:
+    if callable(positions) or positions == "sequential":
+        raise LeattnError(
+            f"positions={positions!r} needs the length of every node, and a GenNode's is known only when it is written; use "
+            "'after_parents' or 'restart', or pin nodes with start_pos_id"
+        )
+    if positions not in SCHEMES:
+        raise LeattnError(choices("positions", positions, SCHEMES))
+    return 0 if positions == "restart" else None

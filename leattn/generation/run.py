@@ -1,0 +1,160 @@
+"""A program as it runs: one sequence, one cache, one forward per step.
+
+A step feeds one token of every branch that is being written, and all tokens of what the branches that can start now still need:
+their headers, and whatever those see that is neither on the tape nor in the store. Nothing is computed twice, and nothing that
+no branch needs.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator
+
+import torch
+
+from leattn.generation.branch import Branch, Decode
+from leattn.generation.sampling import Chooser, Sampling, Streamer, branch_seed
+from leattn.generation.workspace import Feed, Workspace
+
+COMPACT = 4096
+"""Columns from which on it is worth looking whether half of them are still needed."""
+
+
+class Run:
+    """The schedule of a program. ``branches`` are what is being or was written, by unit."""
+
+    def __init__(
+        self,
+        work: Workspace,
+        sampling: Sampling,
+        *,
+        seed: int,
+        decode: Decode,
+        token_budget: int | None,
+        streamer: Streamer | None,
+        on_finished: Callable[[str, str], None],
+    ) -> None:
+        self.work, self.program, self.sampling = work, work.program, sampling
+        self.seed, self.decode, self.budget = seed, decode, token_budget
+        self.streamer, self.on_finished = streamer, on_finished
+        self.branches: dict[int, Branch] = {}
+        self._choosers: dict[int, Chooser] = {}
+        self._running: list[int] = []
+        self._compact_at = COMPACT
+        written = self.program.written
+        self._waits = {i: len(self.program.waits_for[i]) for i in written}
+        self._dependents: dict[int, list[int]] = {i: [] for i in written}
+        for i in written:
+            for j in self.program.waits_for[i]:
+                self._dependents[j].append(i)
+        self._can_start = [i for i in written if not self._waits[i]]
+
+    def steps(self) -> Iterator[None]:
+        """Run to the end; yields after every forward."""
+        while feeds := self._next_feeds():
+            self._step(feeds)
+            self._compact()
+            yield
+
+    def break_off(self) -> None:
+        """Leave every branch with what it has."""
+        for i in self._running:
+            self.branches[i].finish()
+
+    def _next_feeds(self) -> list[Feed]:
+        """Branches first, then as much of the queue as the budget lets in; branches that can start fill the queue."""
+        feeds = [Feed(i, [self.branches[i].ids[-1]], False) for i in self._running]
+        room = float("inf") if self.budget is None else self.budget - len(feeds)
+        begun = len(feeds)
+        queue = self.work.queue
+        while room > 0:
+            if not queue:
+                if not self._can_start:
+                    break
+                self.work.demand([heapq.heappop(self._can_start)], compute=self.program.followers)
+                continue
+            unit, ids = queue[0]
+            new = len(self._starting(unit))
+            if self.budget is not None and new and begun and begun + new > self.budget:
+                break
+            if len(ids) <= room:
+                queue.popleft()
+                feeds.append(Feed(unit, ids, True))
+                begun += new
+            else:
+                take = int(room)
+                queue[0] = (unit, ids[take:])
+                feeds.append(Feed(unit, ids[:take], False))
+            room -= len(feeds[-1].ids)
+        return feeds
+
+    def _starting(self, unit: int) -> list[int]:
+        """The branches that begin when the last queued token of a unit was fed: itself, or what continues it."""
+        own = (unit,) if self.program.units[unit].writes else ()
+        return [i for i in (*own, *self.program.followers.get(unit, ())) if i not in self.branches]
+
+    def _step(self, feeds: list[Feed]) -> None:
+        rows: list[int] = []
+        speaking: list[list[int]] = []
+        last = -1
+        for feed in feeds:
+            last += len(feed.ids)
+            branches = self._starting(feed.unit) if feed.is_last else [feed.unit] if feed.unit in self._choosers else []
+            if branches:
+                rows.append(last)
+                speaking.append(branches)
+        logits = self.work.feed(feeds, rows).logits[0]
+        likeliest = logits.argmax(-1).tolist()
+        for row, branches in enumerate(speaking):
+            for i in branches:
+                self._go_on(i, logits[row], likeliest[row])
+
+    def _go_on(self, i: int, logits: torch.Tensor, likeliest: int) -> None:
+        """The next token of a branch, from logits ``[V]``."""
+        branch = self.branches.get(i) or self._begin(i)
+        chooser = self._choosers[i]
+        if not branch.finished:
+            branch.accept(likeliest if chooser.is_plain else chooser.choose(logits))
+        if not branch.finished and chooser.wants_to_stop():
+            branch.finish()
+        if self.streamer is not None and (piece := branch.new_text()):
+            self.streamer(branch.name, piece)
+        if branch.finished:
+            self._finish(i)
+
+    def _begin(self, i: int) -> Branch:
+        """A branch whose first token comes now."""
+        unit = self.program.units[i]
+        before = [token for j in (*self.program.upwards(i), i) for token in self.work.ids[j]]
+        self._choosers[i] = self.sampling.chooser(unit.sampling, before, branch_seed(self.seed, unit.name))
+        self.branches[i] = Branch(
+            unit.name,
+            limit=self.sampling.limit(unit.sampling, len(before)) if unit.max_new_tokens is None else unit.max_new_tokens,
+            ends=self.sampling.ends(unit.sampling),
+            stop=(*unit.stop, *self.sampling.stop),
+            decode=self.decode,
+        )
+        self._running.append(i)
+        return self.branches[i]
+
+    def _finish(self, i: int) -> None:
+        """A branch is complete: what waited for it alone can start."""
+        branch = self.branches[i]
+        self._running.remove(i)
+        del self._choosers[i]
+        self.work.complete(i, branch.ids)
+        self.on_finished(branch.name, branch.text)
+        for j in self._dependents[i]:
+            self._waits[j] -= 1
+            if not self._waits[j]:
+                heapq.heappush(self._can_start, j)
+
+    def _compact(self) -> None:
+        """Drop what no unfinished branch can still see, once that is most of the tape."""
+        if len(self.work.tape) < self._compact_at or self.work.queue:
+            return
+        unfinished = {i for i in self.program.written if i not in self.branches or not self.branches[i].finished}
+        to_come = unfinished | {j for i in unfinished for j in self.program.upwards(i) if not self.work.is_placed(j)}
+        needed = to_come | {j for i in to_come for j in self.program.sees[i]}
+        self.work.forget_all_but(needed)
+        self._compact_at = max(COMPACT, 2 * len(self.work.tape))

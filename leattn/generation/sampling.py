@@ -1,0 +1,157 @@
+"""How the next token of a branch is chosen: transformers' own configuration and logits processors, one set per branch.
+
+A branch's draws come from a generator of its own, seeded by the run's seed and the branch's name, so that what its neighbours
+do never changes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from leattn.errors import LeattnError
+
+ONE_SEQUENCE = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "penalty_alpha": 0,
+    "prompt_lookup_num_tokens": 0,
+    "assistant_early_exit": 0,
+    "guidance_scale": 1,
+    "use_cache": True,
+    "output_scores": False,
+    "output_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "return_dict_in_generate": False,
+    "max_time": 0,
+}
+"""What generation configs hold that is about one sequence alone, with the value that asks for nothing."""
+
+
+class Chooser:
+    """Picks tokens of one branch. ``prompt_ids`` ``[1, n]`` is what the processors see in front of its own."""
+
+    def __init__(
+        self,
+        model: Any,
+        config: GenerationConfig,
+        prompt_ids: torch.Tensor,
+        processors: list[Any],
+        criteria: list[Any],
+        seed: int,
+    ) -> None:
+        self.ids = prompt_ids
+        self.criteria = criteria
+        self.do_sample = bool(config.do_sample)
+        self.processors = model._get_logits_processor(
+            generation_config=config,
+            input_ids_seq_length=prompt_ids.shape[1],
+            encoder_input_ids=prompt_ids,
+            prefix_allowed_tokens_fn=None,
+            logits_processor=processors,
+            device=prompt_ids.device,
+            model_kwargs={},
+        )
+        self.generator = torch.Generator(prompt_ids.device).manual_seed(seed)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the likeliest token is taken, whatever came before."""
+        return not self.do_sample and not self.processors and not self.criteria
+
+    def choose(self, logits: torch.Tensor) -> int:
+        """The next token, from logits ``[V]``."""
+        scores = self.processors(self.ids, logits[None].to(torch.float32, copy=True))
+        if self.do_sample:
+            token = torch.multinomial(scores.softmax(-1), 1, generator=self.generator)
+        else:
+            token = scores.argmax(-1, keepdim=True)
+        self.ids = torch.cat([self.ids, token], 1)
+        self.scores = scores
+        return int(token)
+
+    def wants_to_stop(self) -> bool:
+        """Whether one of the caller's stopping criteria says so."""
+        return any(bool(torch.as_tensor(criterion(self.ids, self.scores)).any()) for criterion in self.criteria)
+
+
+class Sampling:
+    """The caller's options for a whole run, and what each branch makes of them. ``stop`` are its ``stop_strings``.
+
+    Raises
+    ------
+    LeattnError
+        An option that nobody knows, or one that is about a single sequence: beams, return sequences, assistants.
+    """
+
+    def __init__(self, model: Any, options: Mapping[str, Any], device: torch.device) -> None:
+        given = dict(options)
+        self.model, self.device = model, device
+        self.processors = list(given.pop("logits_processor", None) or [])
+        self.criteria = list(given.pop("stopping_criteria", None) or [])
+        stop = given.pop("stop_strings", None)
+        self.stop: tuple[str, ...] = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        self.base = given.pop("generation_config", None)
+        self.given = given
+        self._configs: dict[str, GenerationConfig] = {}
+
+    def config(self, own: Mapping[str, Any]) -> GenerationConfig:
+        """The configuration of a branch: the model's, then the caller's, then its own."""
+        key = json.dumps(dict(own), sort_keys=True, default=repr)
+        if key not in self._configs:
+            options = {**self.given, **own}
+            _check_one_sequence(options)
+            config, unknown = self.model._prepare_generation_config(self.base, **options)
+            if unknown:
+                raise LeattnError(
+                    f"{', '.join(map(repr, unknown))}: no such option where several branches are generated; there are those of "
+                    "transformers' GenerationConfig, logits_processor, stopping_criteria, streamer, on_finished, progress, "
+                    "token_budget and on_interrupt"
+                )
+            _check_one_sequence({name: getattr(config, name, None) for name in ONE_SEQUENCE})
+            self.model._prepare_special_tokens(config, True, device=self.device)
+            self._configs[key] = config
+        return self._configs[key]
+
+    def chooser(self, own: Mapping[str, Any], prompt_ids: list[int], seed: int) -> Chooser:
+        """What picks the tokens of a branch that starts now."""
+        ids = torch.tensor([prompt_ids], dtype=torch.long, device=self.device)
+        return Chooser(self.model, self.config(own), ids, self.processors, self.criteria, seed)
+
+    def ends(self, own: Mapping[str, Any]) -> frozenset[int]:
+        """The ids that end a branch."""
+        tokens = self.config(own)._eos_token_tensor
+        return frozenset() if tokens is None else frozenset(tokens.flatten().tolist())
+
+    def limit(self, own: Mapping[str, Any], prompt_length: int) -> int:
+        """How many tokens a branch may get at most, as transformers counts: 20 if nothing says otherwise."""
+        config = self.config(own)
+        if config.max_new_tokens is not None:
+            return int(config.max_new_tokens)
+        return 20 if config.max_length is None else max(0, int(config.max_length) - prompt_length)
+
+
+def _check_one_sequence(options: Mapping[str, Any]) -> None:
+    for name, nothing in ONE_SEQUENCE.items():
+        value = options.get(name)
+        if value is not None and value != nothing:
+            raise LeattnError(
+                f"{name}={value!r} is for one branch; here several are generated together, or nodes that others wait for. "
+                "Leave it out, or generate from a graph with one sink and no GenNode"
+            )
+
+
+def branch_seed(seed: int, name: str) -> int:
+    """A seed of 63 bits for the branch ``name`` of a run with ``seed``."""
+    digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+Streamer = Callable[[str, str], None]

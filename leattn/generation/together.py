@@ -1,0 +1,138 @@
+"""Graphs with several sinks, or with nodes that the model writes: run as one program, and taken apart into results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from tqdm.auto import tqdm
+
+from leattn.backends import hf
+from leattn.backends.attend import check_last_position
+from leattn.compile import CompiledPrompt
+from leattn.dag.graph import ICLGraph
+from leattn.errors import LeattnError, choices
+from leattn.generation.branch import decoder
+from leattn.generation.program import Part, Program, build
+from leattn.generation.result import Generation, Stats
+from leattn.generation.result import Sequence as Continuation
+from leattn.generation.run import Run
+from leattn.generation.sampling import Sampling, Streamer
+from leattn.generation.workspace import workspace
+from leattn.kv.store import KVStore
+from leattn.positions import Positions
+from leattn.visible import Visibility
+
+OnInterrupt: TypeAlias = Literal["raise", "return"]
+
+
+@dataclass(frozen=True)
+class ProgramOptions:
+    """What ``generate`` takes for programs alone."""
+
+    streamer: Streamer | None = None
+    on_finished: Callable[[str, str], None] | None = None
+    progress: bool = False
+    token_budget: int | None = None
+    on_interrupt: OnInterrupt = "raise"
+
+    def check(self) -> None:
+        if self.streamer is not None and (hasattr(self.streamer, "put") or not callable(self.streamer)):
+            raise LeattnError(
+                "several branches are written at once, so the streamer is a function (node id, text piece), not "
+                f"{type(self.streamer).__name__}; for example streamer=lambda node, piece: print(node, piece)"
+            )
+        if self.token_budget is not None and self.token_budget < 1:
+            raise LeattnError(f"token_budget={self.token_budget!r}; give the tokens a step may feed at most, from 1 up")
+        if self.on_interrupt not in ("raise", "return"):
+            raise LeattnError(choices("on_interrupt", self.on_interrupt, ("raise", "return")))
+
+
+def write_together(
+    model: Any,
+    targets: Sequence[CompiledPrompt | ICLGraph],
+    tokenizer: Any,
+    *,
+    positions: Positions,
+    visibility: Visibility,
+    backend: str,
+    kv_store: KVStore | None,
+    seed: int | None,
+    options: ProgramOptions,
+    config: Mapping[str, Any],
+) -> list[Generation]:
+    """One generation per target; all of them run in one sequence."""
+    options.check()
+    program, parts = build(targets, tokenizer, positions=positions, visibility=visibility)
+    facts = hf.read_facts(model)
+    sampling = Sampling(model, config, facts.device)
+    if tokenizer is None and (sampling.stop or any(unit.stop for unit in program.units)):
+        raise LeattnError("stop strings are text, and there is no tokenizer to decode with; give one, or use eos_token_id")
+    for i in program.written:
+        sampling.config(program.units[i].sampling)
+    last = _last_position(program, sampling)
+    check_last_position(last, f"the last position may be {last}", facts)
+    if seed is None:
+        seed = int(torch.randint(2**62, ()))  # so that torch.manual_seed is honoured
+    bar = tqdm(total=len(program.written), unit="node", disable=not options.progress)
+
+    def finished(name: str, text: str) -> None:
+        bar.update()
+        if options.on_finished is not None:
+            options.on_finished(name, text)
+
+    started = time.perf_counter()
+    complete = True
+    with bar, workspace(model, program, backend=backend, kv_store=kv_store) as work:
+        run = Run(
+            work,
+            sampling,
+            seed=seed,
+            decode=decoder(tokenizer),
+            token_budget=options.token_budget,
+            streamer=options.streamer,
+            on_finished=finished,
+        )
+        try:
+            for _ in run.steps():
+                bar.set_postfix(tokens=work.computed, refresh=False)
+        except KeyboardInterrupt:
+            if options.on_interrupt == "raise":
+                raise
+            run.break_off()
+            complete = False
+    stats = Stats(
+        computed=work.computed,
+        reused=work.reused,
+        generated=sum(len(branch.ids) for branch in run.branches.values()),
+        steps=work.attention.forwards,
+        seconds=time.perf_counter() - started,
+    )
+    return [_generation(part, run, work.attention.backend.name, stats, complete) for part in parts]
+
+
+def _generation(part: Part, run: Run, backend: str, stats: Stats, complete: bool) -> Generation:
+    branches = {
+        name: (Continuation(run.branches[i].text, torch.tensor(run.branches[i].ids, dtype=torch.long)),)
+        for name, i in part.branches.items()
+        if i in run.branches
+    }
+    headers = {name: run.program.units[i].ids for name, i in part.branches.items()}
+    return Generation(part.graph, part.prompt, branches, backend, stats, headers, complete)
+
+
+def _last_position(program: Program, sampling: Sampling) -> int:
+    """The last position that may be reached, if every branch takes all of its tokens."""
+    ends: list[int] = []
+    for i, unit in enumerate(program.units):
+        start = unit.start
+        if start is None:
+            start = max((ends[j] for j in program.sees[i]), default=0)
+        new = 0
+        if unit.writes:
+            new = unit.max_new_tokens or sampling.limit(unit.sampling, 0)
+        ends.append(start + len(unit.ids) + new)
+    return max(ends) - 1
