@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from leattn.tiny.batches import Batch, stream
+from leattn.tiny.batches import stream
 from leattn.tiny.curriculum import PHASES
 from leattn.tiny.evaluate import HEADER, table
 from leattn.tiny.load import WEIGHTS, load
-from leattn.tiny.tokenizer import CHAT_END, build_tokenizer
+from leattn.tiny.tokenizer import CHAT_END, EOS, build_tokenizer
+from leattn.training import Collator, targets
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -87,25 +88,27 @@ def look_back(model: LlamaForCausalLM, sharpness: float = 0.79, frequencies: int
     attention.q_proj.weight[:size] += sharpness * torch.outer(query, common)
 
 
-def loss_of(model: LlamaForCausalLM, batch: Batch) -> tuple[torch.Tensor, float]:
-    """The loss on the answers, scalar, and how many of them are right, 0 to 1."""
-    hidden = model.model(
-        input_ids=torch.from_numpy(batch.input_ids),
-        position_ids=torch.from_numpy(batch.position_ids),
-        attention_mask=torch.from_numpy(batch.attention_mask),
-        use_cache=False,
-    ).last_hidden_state  # [B, S, hidden]
-    logits = model.lm_head(hidden[batch.row, batch.column])  # [A, vocabulary]
-    label, is_value = torch.from_numpy(batch.label), torch.from_numpy(batch.is_value)
-    each = F.cross_entropy(logits, label, reduction="none")
+def loss_of(model: LlamaForCausalLM, batch: dict[str, torch.Tensor], endings: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """The loss on the answers, scalar, and how many of them are right, 0 to 1.
+
+    `endings`, ``[E]``, are the ids that may follow an answer: the full stop and the end, which are learnt at once and count
+    little. Only the tokens that predict something go through the output embedding.
+    """
+    labels = batch.pop("labels")
+    hidden = model.model(**batch, use_cache=False).last_hidden_state  # [B, S, hidden]
+    answers = targets(labels, hidden.shape[1])
+    logits = model.lm_head(hidden[answers.row, answers.column])  # [A, vocabulary]
+    is_value = ~torch.isin(answers.id, endings)
+    each = F.cross_entropy(logits, answers.id, reduction="none")
     loss = each[is_value].mean()
     if not is_value.all():
-        loss = loss + 0.1 * each[~is_value].mean()  # the full stop and the end: learnt at once
-    return loss, float((logits[is_value].argmax(-1) == label[is_value]).float().mean())
+        loss = loss + 0.1 * each[~is_value].mean()
+    return loss, float((logits[is_value].argmax(-1) == answers.id[is_value]).float().mean())
 
 
 def train(
     model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
     *,
     steps: int,
     seed: int,
@@ -129,14 +132,16 @@ def train(
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     phase, seen, running = first_phase, 0, 0.0
     began = time.monotonic()
+    endings = torch.tensor(tokenizer.convert_tokens_to_ids([".", EOS, CHAT_END]))
+    collate = Collator(model, tokenizer)
     model.train()
-    with closing(stream(seed, batch_size, lambda: phase)) as batches, tqdm(total=steps, mininterval=2) as bar:
+    with closing(stream(collate, seed, batch_size, lambda: phase)) as batches, tqdm(total=steps, mininterval=2) as bar:
         for step in range(1, steps + 1):
             batch = next(batches)
             fall = (steps - step) / (steps * (1 - decay_from))
             for group in optimizer.param_groups:
                 group["lr"] = rate * min(1.0, step / 50, fall)
-            loss, accuracy = loss_of(model, batch)
+            loss, accuracy = loss_of(model, batch.tensors(), endings)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -193,6 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write = partial(save, model, tokenizer, args.out)
         train(
             model,
+            tokenizer,
             steps=args.steps,
             seed=args.seed,
             batch_size=args.batch_size,
