@@ -116,6 +116,17 @@ def test_a_generation_config_counts_and_arguments_win():
     assert {len(new) for new in more.token_ids.values()} == {5}
 
 
+def test_without_a_limit_branches_get_as_many_tokens_as_transformers_gives(tiny):
+    model, graph = shared_model("llama"), ICLGraph(*(ICLNode(ids(25 + i, i), id=f"q{i}") for i in range(2)))
+    together = generate(model, graph)
+    for sink in graph.sinks:
+        alone_ids = generate(model, sink).token_ids.tolist()
+        assert together.token_ids[sink.id].tolist() == alone_ids
+        assert len(alone_ids) == 20
+    for name, ids_ in generate(model, graph, max_length=30).token_ids.items():
+        assert len(ids_) == 30 - len(graph[name].content)
+
+
 # Stops.
 
 

@@ -132,10 +132,18 @@ class Sampling:
 
     def limit(self, own: Mapping[str, Any], prompt_length: int) -> int:
         """How many tokens a branch may get at most, as transformers counts: 20 if nothing says otherwise."""
-        config = self.config(own)
-        if config.max_new_tokens is not None:
-            return int(config.max_new_tokens)
-        return 20 if config.max_length is None else max(0, int(config.max_length) - prompt_length)
+        new, total = (self._asked(own, name) for name in ("max_new_tokens", "max_length"))
+        if new is not None:
+            return int(new)
+        return 20 if total is None else max(0, int(total) - prompt_length)
+
+    def _asked(self, own: Mapping[str, Any], name: str) -> Any:
+        """An option as somebody gave it: a prepared configuration holds a default, which no longer says that nobody did."""
+        for options in (own, self.given):
+            if options.get(name) is not None:
+                return options[name]
+        values = (getattr(config, name, None) for config in (self.base, self.model.generation_config))
+        return next((value for value in values if value is not None), None)
 
 
 def _check_one_sequence(options: Mapping[str, Any]) -> None:
