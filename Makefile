@@ -1,6 +1,7 @@
 # make demo         environment, installation, and the main job: three pictures in out/
 # make test         environment, installation, style, types, all tests
 # make test-lowest  the tests with the oldest supported dependencies
+# make bench        speed and memory against their goals, figures in out/benchmarks.json; a long quarter of an hour
 #
 # PYTHON is what the environment is made with: `make PYTHON=python3.12 test`.
 
@@ -12,7 +13,7 @@ INPUTS := setup.cfg pyproject.toml
 # Two workers with a thread each fill two cores; torch's own threads on top of that would fight over them.
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-lowest clean
+.PHONY: demo test test-lowest bench clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/leattn demo --out out
@@ -27,6 +28,9 @@ test-lowest: VENV := $(LOWEST)
 # The pictures to compare with were drawn by the matplotlib of constraints.txt; another release draws text differently.
 test-lowest: $(LOWEST)/.installed-test
 	$(PYTEST) leattn tests --ignore tests/test_pictures.py
+
+bench: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(VENV)/bin/python -m benchmarks
 
 clean:
 	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV) $(LOWEST)

@@ -1,10 +1,13 @@
-"""``python -m benchmarks [--quick] [--out FILE.json]``: a table of ratios, and JSON with machine and versions."""
+"""``python -m benchmarks [--quick] [--rounds N] [--only ROW …] [--out FILE]``: ratios against their goals, and JSON."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import platform
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,40 +15,93 @@ import torch
 import transformers
 
 import leattn
-from benchmarks import attention, planning
+from benchmarks import attention, branches, cached, plain, planning
+from benchmarks.row import FULL, QUICK, Effort, Result, Row
+from benchmarks.table import judgement, number
+
+ROWS: tuple[Row, ...] = (*attention.ROWS, *plain.ROWS, *cached.ROWS, *branches.ROWS, *planning.ROWS)
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, str, str, str]:
-    seconds = ", ".join(f"{name} {1000 * value:.1f}" for name, value in row["seconds"].items())
-    ratios = ", ".join(f"{name} {value:.2f}" for name, value in row["ratios"].items())
-    return row["what"], row["goal"], seconds, ratios
+def select(names: Iterable[str]) -> list[Row]:
+    """Rows by name or by tag, in their own order.
+
+    Raises
+    ------
+    ValueError
+        A name that is neither.
+    """
+    wanted = set(names)
+    known = {row.name for row in ROWS} | {tag for row in ROWS for tag in row.tags}
+    if unknown := sorted(wanted - known):
+        raise ValueError(f"there is no row {unknown[0]!r}; rows and tags are {', '.join(sorted(known))}")
+    return [row for row in ROWS if row.name in wanted or row.tags & wanted]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer repeats, without the longest rows")
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks.json"))
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    machine = {
-        "processor": platform.processor() or platform.machine(),
+def machine() -> dict[str, Any]:
+    """What the figures depend on, and nothing that says whose machine it is."""
+    return {
+        "processor": _processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": 1,
+        "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "leattn": leattn.__version__,
     }
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    print(f"{'':26}{'goal':18}{'ms (median CPU time)':64}ratios")
-    rows = []
-    for row in (*planning.rows(quick=args.quick), *attention.rows(quick=args.quick)):
-        rows.append(row)
-        what, goal, seconds, ratios = _cells(row)
-        print(f"{what:26}{goal:18}{seconds:64}{ratios}", flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {args.out}")
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def run(rows: Sequence[Row], effort: Effort, out: Path) -> list[Result]:
+    """Measure row by row, print each as it is done, write the JSON."""
+    # One thread, or CPU time would count what another thread waits.
+    torch.set_num_threads(1)
+    facts = machine()
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    results: list[Result] = []
+    for row in rows:
+        started = time.perf_counter()
+        results.append(row.run(effort))
+        print(f"\n{row.name}: {row.what}  ({time.perf_counter() - started:.0f} s)\n{_lines(results[-1])}", flush=True)
+        # After every row, so that a run that is interrupted keeps what it has.
+        written = {"machine": facts, "rounds": effort.rounds, "rows": [result.to_dict() for result in results]}
+        out.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"\nwritten to {out}")
+    return results
+
+
+def _lines(result: Result) -> str:
+    measured, goals = result.measured, {verdict.goal.figure: verdict for verdict in result.verdicts}
+    lines = []
+    if measured.seconds:
+        times = ", ".join(f"{name} {1000 * seconds:.4g}" for name, seconds in measured.seconds.items())
+        lines.append(f"  ms: {times}")
+    for name, value in measured.figures.items():
+        verdict = goals.get(name)
+        goal = "" if verdict is None else f"{verdict.goal.sign} {verdict.goal.value:g} {judgement(verdict)}"
+        lines.append(f"  {name:40}{number(value):>10}  {goal}".rstrip())
+    lines.extend(f"  {note}" for note in measured.notes)
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, and without the longest rows")
+    parser.add_argument("--rounds", type=int, help=f"rounds per median: {FULL.rounds}, or {QUICK.rounds} if quick")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows by name or tag")
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks.json"))
+    args = parser.parse_args(arguments)
+    try:
+        rows = select(args.only or (["quick"] if args.quick else [row.name for row in ROWS]))
+    except ValueError as error:
+        parser.error(str(error))
+    effort = QUICK if args.quick else FULL
+    run(rows, replace(effort, rounds=args.rounds or effort.rounds), args.out)
 
 
 if __name__ == "__main__":
