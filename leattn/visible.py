@@ -98,7 +98,7 @@ def visible_relation(graph: ICLGraph, visibility: Visibility) -> Visible:
     prefixes: dict[int, tuple[int, tuple[Run, ...]]] = {}
     for node in graph.nodes:
         parents = node.parents
-        if isinstance(parents, Prefix):
+        if type(parents) is Prefix:
             # The same list, longer than last time: only what was added needs looking at.
             known, runs = prefixes.get(id(parents.base), (0, ()))
             if len(parents) < known:
@@ -122,6 +122,12 @@ def _union(
     visibility: Visibility,
 ) -> tuple[Run, ...]:
     """``seen`` together with ``parents`` and, for ancestors, with all that they see."""
+    if len(parents) == 1 and visibility == "parents":  # one more than the node before sees, most of the time
+        i = graph.index[parents[0]]
+        if not seen:
+            return ((i, i + 1),)
+        if seen[-1][1] == i:
+            return (*seen[:-1], (seen[-1][0], i + 1))
     indices = sorted(graph.index[parent] for parent in parents)
     if visibility == "parents":
         return merge([*seen, *((i, i + 1) for i in indices)])

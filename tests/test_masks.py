@@ -14,8 +14,11 @@ import leattn
 from leattn import ICLGraph, ICLNode, compile_prompt, masks
 from leattn.masks import MaskTable
 
-FIELDS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
-BY_KEY = ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")
+LISTS = [
+    (f"{part}{side}_num_blocks", f"{part}{side}_indices")
+    for part in ("", "full_")
+    for side in ("kv", "q")  # by query, and by key for the backward pass
+]
 
 
 def evaluate(mask_mod, rows, queries, keys):
@@ -115,10 +118,14 @@ def assert_same_block_mask(made, prompt, block_size):
     assert made.shape == expected.shape
     assert made.seq_lengths == expected.seq_lengths
     assert made.BLOCK_SIZE == expected.BLOCK_SIZE
-    for name in FIELDS + BY_KEY:
-        got, wanted = getattr(made, name), getattr(expected, name)
-        assert got.dtype == wanted.dtype, name
-        assert got.tolist() == wanted.tolist(), name
+    for count_name, name in LISTS:
+        counts, got, wanted = (getattr(made, count_name), *(getattr(mask, name) for mask in (made, expected)))
+        assert counts.dtype == torch.int32
+        assert counts.tolist() == getattr(expected, count_name).tolist(), count_name
+        assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape), name
+        # What stands behind the listed blocks of a row is never read.
+        listed = torch.arange(got.shape[-1]) < counts[..., None]
+        assert got[listed].tolist() == wanted[listed].tolist(), name
 
 
 @given(graphs(max_nodes=8, max_tokens=9), VISIBILITIES, st.sampled_from([1, 2, 3, 4, 8, 16, 128]))

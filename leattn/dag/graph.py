@@ -185,7 +185,7 @@ def _all_parents(nodes: tuple[ICLNode, ...]) -> set[ICLNode]:
 def _new_parents(node: ICLNode, walked: dict[int, int]) -> tuple[ICLNode, ...]:
     """The parents of ``node`` in parent lists not met so far; ``walked`` maps a list to how much of it was met."""
     parents = node.parents
-    base = parents.base if isinstance(parents, Prefix) else parents
+    base = parents.base if type(parents) is Prefix else parents
     start, stop = walked.get(id(base), 0), len(parents)
     if start >= stop:
         return ()

@@ -186,7 +186,7 @@ def _as_ids(content: Any) -> tuple[int, ...]:
 
 def as_parents(parents: Iterable[ICLNode] | None) -> Sequence[ICLNode]:
     """Parents as one checked, immutable sequence; a :class:`Prefix` and a tuple stay the object they are."""
-    if isinstance(parents, Prefix):
+    if type(parents) is Prefix:
         return parents
     if isinstance(parents, ICLNode):
         raise GraphError(f"parents is a list of nodes; write parents=[{parents}]")
