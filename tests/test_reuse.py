@@ -292,6 +292,23 @@ def test_forward_with_a_store_says_what_it_does_not_take():
         ([prompt], {}, "takes one prompt"),
         (prompt, {"mask": torch.ones(1, 1, 99, 99, dtype=torch.bool)}, "give mask or kv_store"),
         (prompt, {"use_cache": True}, "use_cache does not go together"),
+        (prompt, {"output_hidden_states": True}, "output_hidden_states does not go together"),
     ]:
         with pytest.raises(LeattnError, match=words):
             leattn.forward(model, prompts, kv_store=store(), **options)
+
+
+def test_something_else_than_a_store_is_refused():
+    for run in (leattn.forward, generate):
+        with pytest.raises(LeattnError, match=r"kv_store is a leattn.KVStore, not \{\}"):
+            run(shared_model("llama"), fan(0), kv_store={})
+
+
+def test_a_model_without_a_head_gives_hidden_states():
+    base, prompt, kept = shared_model("llama").model, fan(0), store()
+    with torch.no_grad():
+        expected = leattn.forward(base, prompt, backend="eager").last_hidden_state[0, slice(*prompt.spans[prompt.graph["Q"]])]
+    for _ in range(2):
+        states = leattn.forward(base, prompt, kv_store=kept).last_hidden_state[0]
+        torch.testing.assert_close(states, expected, atol=1e-4, rtol=1e-4)
+    assert kept.stats.hits == 4

@@ -17,6 +17,16 @@ from leattn.generation.program import build
 from leattn.generation.workspace import Feed, workspace
 from leattn.kv.store import KVStore
 
+NOT_WITH_A_STORE = (
+    "past_key_values",
+    "use_cache",
+    "labels",
+    "logits_to_keep",
+    "return_dict",
+    "output_hidden_states",
+    "output_attentions",
+)
+
 
 def forward(
     model: Any,
@@ -35,7 +45,8 @@ def forward(
     caller's ``torch.no_grad``. Raises as :func:`leattn.attend` does.
 
     With ``kv_store``, for one prompt and without gradients, only the sinks and what the store does not have are computed, and
-    ``logits`` are those of the sinks' tokens, in layout order. Inside ``intervene`` the store is neither read nor written.
+    ``logits`` (``last_hidden_state`` of a model without a head) are those of the sinks' tokens, in layout order. Inside
+    ``intervene`` the store is neither read nor written.
 
     Examples
     --------
@@ -57,7 +68,7 @@ def forward(
         raise LeattnError("with kv_store, forward takes one prompt; call it for each, they share what is in the store")
     if mask is not None:
         raise LeattnError("what the store holds was computed without a mask of your own; give mask or kv_store, not both")
-    for name in ("past_key_values", "use_cache", "labels", "logits_to_keep"):
+    for name in NOT_WITH_A_STORE:
         if name in model_kwargs:
             raise LeattnError(
                 f"{name} does not go together with kv_store, which decides what is computed; leave one of them out"
@@ -69,7 +80,9 @@ def _with_store(model: Any, prompt: CompiledPrompt, backend: str, store: KVStore
     sinks = [prompt.graph.index[sink] for sink in prompt.graph.sinks]
     if is_intervened(model):
         output = forward(model, prompt, backend=backend, **model_kwargs)
-        output.logits = output.logits[:, torch.cat([torch.arange(*prompt.offsets[i : i + 2]) for i in sinks])]
+        name = "logits" if hasattr(output, "logits") else "last_hidden_state"
+        tokens = torch.cat([torch.arange(*prompt.offsets[i : i + 2]) for i in sinks])
+        setattr(output, name, getattr(output, name)[:, tokens])
         return output
     check_positions([prompt], hf.read_facts(model))
     program, _ = build([prompt], prompt.tokenizer, positions="after_parents", visibility="parents")

@@ -45,8 +45,8 @@ def workspace(model: Any, program: Program, *, backend: str, kv_store: KVStore |
     around = innermost(base)
     if around is not None and around.operations:
         raise BackendError(
-            "interventions follow the layout of one compiled prompt with one sink; leave the intervene block, or compile "
-            "result.realised and intervene on that"
+            "interventions follow the layout of one compiled prompt, and here tokens run in another order; leave the intervene "
+            "block first (what a program wrote compiles, as result.realised, to a prompt to intervene on)"
         )
     check_token(*max((max(unit.ids, default=0), unit.name) for unit in program.units), facts)
     reuse = None if kv_store is None else Reuse(model, kv_store)
@@ -149,7 +149,7 @@ class Workspace:
             self.arena.load(layer, [entry.keys[layer] for _, entry in loads], [entry.values[layer] for _, entry in loads])
 
     def feed(self, feeds: Sequence[Feed], rows: Sequence[int], **model_kwargs: Any) -> Any:
-        """One forward; the model's output with logits ``[1, rows, V]`` of the fed tokens in ``rows``."""
+        """One forward; the model's output with logits ``[1, rows, V]`` of the fed tokens in ``rows``, or hidden states."""
         ids: list[int] = []
         for feed in feeds:
             self.tape.append(feed.unit, feed.ids, self.start(feed.unit) + self.fed[feed.unit])
@@ -160,8 +160,10 @@ class Workspace:
         options = {"logits_to_keep": index} if self._keeps_logits else {}
         input_ids = torch.tensor([ids], device=device)
         output = self.model(input_ids=input_ids, past_key_values=self.arena, use_cache=True, **options, **model_kwargs)
-        if not self._keeps_logits:
-            output.logits = output.logits[:, index.to(output.logits.device)]
+        if not self._keeps_logits:  # an old head, or none: a backbone by itself
+            name = "logits" if hasattr(output, "logits") else "last_hidden_state"
+            found = getattr(output, name)
+            setattr(output, name, found[:, index.to(found.device)])
         self.computed += len(ids)
         for feed in feeds:
             if feed.is_last and (feed.unit in self._complete or not self.program.units[feed.unit].writes):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from leattn.backends import hf
-from leattn.errors import BackendError
+from leattn.errors import BackendError, LeattnError
 from leattn.kv.certify import reuse_refusal, shift_refusal
 from leattn.kv.fingerprint import fingerprint
 from leattn.kv.keys import node_key
@@ -22,11 +22,15 @@ class Reuse:
 
     Raises
     ------
+    LeattnError
+        ``store`` is something else.
     BackendError
         Measured on this model, keys and values of a node computed in another prompt are not what they would be in this one.
     """
 
     def __init__(self, model: Any, store: KVStore) -> None:
+        if not isinstance(store, KVStore):
+            raise LeattnError(f"kv_store is a leattn.KVStore, not {store!r}; make one with leattn.KVStore(max_bytes=...)")
         reason = reuse_refusal(model)
         if reason is not None:
             raise BackendError(f"kv_store cannot serve {type(model).__name__}: {reason}")
