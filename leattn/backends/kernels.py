@@ -11,6 +11,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from leattn.backends.plan import Group
 
+SHORT = 64
+"""Keys seen whole up to which each stretch of a group gets a copy of them; more are computed apart and merged."""
+
 
 class Kernel:
     """How to compute one layer's attention: its scaling, and whether the kernel that returns the log-sum-exp may be used."""
@@ -18,10 +21,12 @@ class Kernel:
     def __init__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> None:
         needs_gradient = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
         self.scaling = scaling
-        # Private, but the one that returns the log-sum-exp and takes grouped heads; it has no gradient for that.
+        # Private, but the one that returns the log-sum-exp and takes grouped heads; it has no gradient for that, and wants
+        # values as wide as keys (deepseek's latent attention has others).
         self.with_lse = (
             query.device.type == "cpu"
             and not needs_gradient
+            and key.shape[-1] == value.shape[-1]
             and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
         )
 
@@ -34,40 +39,46 @@ class Kernel:
         output = scaled_dot_product_attention(folded, key, value, folded_mask, scale=self.scaling)
         return output.view(rows, groups, heads // groups, length, -1).flatten(1, 2).transpose(1, 2)
 
-    def bottom_right(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Causal with the last query at the last key, in steps whose masks stay small."""
+    def stairs(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor, *, count: int = 1
+    ) -> None:
+        """Causal, the last query at the last key, into ``output`` ``[B, count, Q, H, D]``; others are ``[B · count, …]``."""
         length, keys = query.shape[2], key.shape[2]
-        if length == 1:
-            return self.masked(query, key, value, None)
-        if length == keys:
-            return self._causal(query, key, value).transpose(1, 2)
-        outputs = []
-        for start in range(0, length, 256):
-            stop = min(start + 256, length)
+        for start, stop in _steps(length, keys):
             seen = keys - length + stop
-            rows = torch.arange(keys - length + start, seen, device=query.device)[:, None]
-            mask = torch.arange(seen, device=query.device) <= rows
-            outputs.append(self._sdpa(query[:, :, start:stop], key[:, :, :seen], value[:, :, :seen], mask))
-        return (torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]).transpose(1, 2)
+            is_causal = length == keys and stop - start == length
+            mask = None if is_causal or stop - start == 1 else _bottom_right(stop - start, seen, query)
+            part = scaled_dot_product_attention(
+                query[:, :, start:stop],
+                key[:, :, :seen],
+                value[:, :, :seen],
+                mask,
+                is_causal=is_causal,
+                scale=self.scaling,
+                enable_gqa=True,
+            )
+            output[:, :, start:stop] = part.transpose(1, 2).unflatten(0, (-1, count))  # type: ignore[no-untyped-call]
 
     def continuation(
-        self, query: torch.Tensor, seen_key: torch.Tensor, seen_value: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
-        """Queries that see some keys whole, ``[B or 1, G, n, D]``, and are causal with the last of their own ``[B, G, K, D]``."""
+        self,
+        query: torch.Tensor,
+        seen_key: torch.Tensor,
+        seen_value: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """Queries that see some keys whole, ``[B or 1, G, n, D]``, and end at the last of their own ``[B, G, K, D]``."""
         rows = len(query)
         if not self.with_lse:
             seen = (seen_key.expand(rows, -1, -1, -1), seen_value.expand(rows, -1, -1, -1))
             keys, values = (torch.cat(pair, 2) for pair in zip(seen, (key, value), strict=True))
-            return self.bottom_right(query, keys, values)
-        length, keys_own = query.shape[2], key.shape[2]
-        mask = None
-        if length > 1:
-            shape = (length, keys_own)
-            later = torch.ones(shape, dtype=torch.bool, device=query.device).triu(keys_own - length + 1)
-            mask = torch.zeros(shape, dtype=query.dtype, device=query.device).masked_fill_(later, -torch.inf)
+            self.stairs(query, keys, values, output[:, None])
+            return
+        mask = None if query.shape[2] == 1 else _bottom_right(query.shape[2], key.shape[2], query)
         theirs, theirs_lse = self._folded(query, seen_key, seen_value)
         mine, mine_lse = self._folded(query, key, value, mask)
-        return torch.lerp(mine, theirs, torch.sigmoid(theirs_lse - mine_lse).to(query.dtype))
+        torch.lerp(mine, theirs, torch.sigmoid(theirs_lse - mine_lse).to(query.dtype), out=output)
 
     def _folded(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
@@ -93,46 +104,29 @@ class Kernel:
         value: torch.Tensor,
         group: Group,
         seen: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
-        """Equal stretches; ``seen`` are the keys and values that all of them see, unless each has a window of its own."""
+        output: torch.Tensor,
+    ) -> None:
+        """Equal stretches, into ``output``; ``seen`` are the keys and values that all see, if they have no windows."""
         own = slice(group.start, group.stop)
         parts = [_split(x, group) for x in (query, key[:, :, own], value[:, :, own])]
-        if not group.seen_keys:
-            return _joined(self._causal(*parts), group)
-        if not self.with_lse:
-            before = [_windows(x, group) for x in (key, value)] if group.window else [_repeat(x, group) for x in seen]
-            keys, values = (torch.cat(pair, 2) for pair in zip(before, parts[1:], strict=True))
-            return _joined(self.bottom_right(parts[0], keys, values).transpose(1, 2), group)
-        mine, mine_lse = self._staircase(*parts)
-        if group.window:
-            theirs, theirs_lse = self._flash(parts[0], *(_windows(x, group) for x in (key, value)))
-            theirs, theirs_lse = _joined(theirs, group), _joined(theirs_lse[..., None], group)
-        else:
-            theirs, theirs_lse = self._flash(query, *seen)
-            theirs, theirs_lse = theirs.transpose(1, 2), theirs_lse.transpose(1, 2)[..., None]
-        weight = torch.sigmoid(theirs_lse - _joined(mine_lse[..., None], group)).to(query.dtype)
-        return torch.lerp(_joined(mine, group), theirs, weight)
-
-    def _causal(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scaling, enable_gqa=True)
-
-    def _sdpa(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return scaled_dot_product_attention(query, key, value, mask, scale=self.scaling, enable_gqa=True)
-
-    def _staircase(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A causal square. The kernel skips what is masked in blocks of 512 keys only, so shorter ones go in steps."""
-        length = query.shape[-2]
-        step = length if length <= 64 or length > 1024 else 32 if length <= 128 else 64
-        if step == length:
-            return self._flash(query, key, value, causal=True)
-        parts = []
-        for start in range(0, length, step):
-            stop = min(start + step, length)
-            rows = torch.arange(start, stop, device=query.device)[:, None]
-            mask = torch.zeros(stop - start, stop, dtype=query.dtype, device=query.device)
-            mask.masked_fill_(torch.arange(stop, device=query.device) > rows, -torch.inf)
-            parts.append(self._flash(query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], mask=mask))
-        return torch.cat([part[0] for part in parts], -2), torch.cat([part[1] for part in parts], -1)
+        if group.window or not self.with_lse or group.seen_keys <= SHORT:
+            keys, values = parts[1:]
+            if group.window:
+                keys, values = (_with_window(x, group) for x in (key, value))
+            elif group.seen_keys:
+                keys, values = (torch.cat([_repeat(x, group), part], 2) for x, part in zip(seen, parts[1:], strict=True))
+            by_stretch = output.unflatten(1, (group.count, group.length))  # type: ignore[no-untyped-call]
+            self.stairs(parts[0], keys, values, by_stretch, count=group.count)
+            return
+        steps = []
+        for start, stop in _steps(group.length, group.length):
+            is_causal = stop - start == group.length
+            mask = None if is_causal else _bottom_right(stop - start, stop, query)
+            step = parts[0][:, :, start:stop], parts[1][:, :, :stop], parts[2][:, :, :stop]
+            steps.append(self._flash(*step, causal=is_causal, mask=mask))
+        mine, mine_lse = (_joined(torch.cat(x, 2), group) for x in zip(*steps, strict=True))
+        theirs, theirs_lse = (x.transpose(1, 2) for x in self._flash(query, *seen))
+        torch.lerp(mine, theirs, torch.sigmoid(theirs_lse - mine_lse).to(query.dtype), out=output)
 
     def _flash(
         self,
@@ -143,11 +137,11 @@ class Kernel:
         causal: bool = False,
         mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output ``[B, H, Q, D]`` and log-sum-exp ``[B, H, Q]``; both lie in memory with Q before H."""
+        """Output ``[B, H, Q, D]`` and log-sum-exp ``[B, H, Q, 1]``; both lie in memory with Q before H."""
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, attn_mask=mask, scale=self.scaling
         )
-        return output, lse
+        return output, lse[..., None]
 
 
 def _split(x: torch.Tensor, group: Group) -> torch.Tensor:
@@ -164,12 +158,26 @@ def _joined(x: torch.Tensor, group: Group) -> torch.Tensor:
     return x.transpose(1, 2).reshape(-1, group.count * length, heads, size)
 
 
-def _windows(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """The ``window`` columns before each stretch, ``[B · count, G, window, D]``."""
-    before = x[:, :, group.start - group.window : group.stop - group.length]
-    return before.unfold(2, group.window, group.length).transpose(3, 4).transpose(1, 2).flatten(0, 1)
+def _with_window(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """The ``window`` columns before each stretch and its own, ``[B · count, G, window + L, D]``; a view for one row."""
+    columns = x[:, :, group.start - group.window : group.stop]
+    return columns.unfold(2, group.window + group.length, group.length).transpose(3, 4).transpose(1, 2).flatten(0, 1)
 
 
 def _repeat(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """What all stretches see, ``[B, G, K, D]``, once for each: ``[B · count, G, K, D]``, a view."""
+    """What all stretches see, ``[B, G, K, D]``, once for each: ``[B · count, G, K, D]``."""
     return x.unsqueeze(1).expand(-1, group.count, -1, -1, -1).flatten(0, 1)
+
+
+def _steps(length: int, keys: int) -> list[tuple[int, int]]:
+    """Where to cut causal queries. The kernel skips what is masked in blocks of 512 keys only, so shorter ones go in steps."""
+    if length <= 64 or (length > 1024 and length == keys):
+        return [(0, length)]
+    step = 32 if length <= 128 else 64 if length <= 1024 else 256
+    return [(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def _bottom_right(length: int, keys: int, like: torch.Tensor) -> torch.Tensor:
+    """What to add to the scores of queries of which the last stands at the last key, ``[Q, K]``."""
+    mask = torch.full((length, keys), -torch.inf, dtype=like.dtype, device=like.device)
+    return mask.triu_(keys - length + 1)

@@ -21,7 +21,7 @@ from leattn.errors import BackendError
 TEMPORARY = 4 << 20
 """Bytes of output that one batched call may make: page faults on large fresh tensors cost more than the calls."""
 
-LONG = 256
+LONG = 1024
 """Keys seen whole from which on a stretch by itself computes them apart from its own, without any mask."""
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -135,18 +135,20 @@ def sparse_attention(
                 layer = getattr(module, "layer_idx", None) if kernel.with_lse else None
                 pair = plan.seen_of_prompt(layer, p, planned, keys, values)
                 own = slice(planned.own, step.stop)
-                output[part, columns] = kernel.continuation(queries, *pair, keys[:, :, own], values[:, :, own])
+                kernel.continuation(queries, *pair, keys[:, :, own], values[:, :, own], output[part, columns])
             elif isinstance(step, Mixed):
                 output[part, columns] = kernel.masked(queries, planned.keys(keys), planned.keys(values), planned.mask)
+            elif step.stop - step.start == 1:
+                output[part, columns] = kernel.masked(queries, planned.keys(keys), planned.keys(values), None)
             elif not planned.is_apart:
-                output[part, columns] = kernel.bottom_right(queries, planned.keys(keys), planned.keys(values))
+                kernel.stairs(queries, planned.keys(keys), planned.keys(values), output[part, None, columns])
             else:
                 seen = (planned.keys(keys), planned.keys(values))
                 # Without the log-sum-exp, each stretch gets a copy of what it sees.
                 share = most if kernel.with_lse else most * step.length // (step.length + step.seen_keys)
                 for piece in step.pieces(share):
                     columns = slice(piece.start - plan.first, piece.stop - plan.first)
-                    output[part, columns] = kernel.group(query[part, :, columns], keys, values, piece, seen)
+                    kernel.group(query[part, :, columns], keys, values, piece, seen, output[part, columns])
     return output, None
 
 
