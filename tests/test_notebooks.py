@@ -81,6 +81,9 @@ def test_the_notebooks_are_there():
         "05_attend_first",
         "06_attention_sinks",
         "07_which_document",
+        "08_reuse",
+        "09_programs",
+        "10_training",
     ]
 
 

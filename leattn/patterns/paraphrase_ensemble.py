@@ -1,0 +1,236 @@
+"""Several phrasings of one question, answered with one voice: their next-token distributions are averaged at every step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from tqdm.auto import tqdm
+
+from leattn.backends import hf
+from leattn.backends.attend import check_last_position
+from leattn.compile import CompiledPrompt, compile_prompt
+from leattn.dag.graph import ICLGraph
+from leattn.dag.node import ICLNode
+from leattn.errors import LeattnError, choices
+from leattn.generation.branch import Branch, decoder
+from leattn.generation.program import build
+from leattn.generation.result import Generation, Sequence, Stats
+from leattn.generation.sampling import Sampling, branch_seed
+from leattn.generation.workspace import Feed, Workspace, workspace
+from leattn.kv.store import KVStore
+from leattn.patterns.prefill import prefill
+from leattn.patterns.table import html_table
+from leattn.positions import Positions
+from leattn.visible import Visibility
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Mean: TypeAlias = Literal["arithmetic", "geometric"]
+MEANS = ("arithmetic", "geometric")
+KEPT = 10
+"""How many of the likeliest tokens of a step are kept."""
+NAME = "ensemble"
+"""The branch, where one is named: its draws come from a run's seed and this."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Ensemble:
+    """What the phrasings of a question say together. P phrasings, T steps, V tokens of the vocabulary.
+
+    Attributes
+    ----------
+    candidates : LongTensor ``[T, k]``
+        The likeliest tokens of every step under the mean distribution, the likeliest first; a step that ended the text counts.
+    probabilities : Tensor ``[T, k]``
+        Their mean probabilities.
+    first_step : Tensor ``[P, V]``
+        What each phrasing by itself gives for the first token, as probabilities, in the order of ``generation.branches``: where
+        phrasings disagree, it shows.
+    generation : Generation
+        Every phrasing continued with the same tokens.
+    """
+
+    candidates: torch.Tensor
+    probabilities: torch.Tensor
+    first_step: torch.Tensor
+    generation: Generation
+
+    @property
+    def text(self) -> str:
+        """What they say."""
+        return self._sequence.text
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """The ids of it, ``[n]``."""
+        return self._sequence.token_ids
+
+    @property
+    def _sequence(self) -> Sequence:
+        return next(iter(self.generation.branches.values()))[0]
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return f"Ensemble({self.text!r}, {len(self.first_step)} phrasings, {len(self.candidates)} steps)"
+
+    def _repr_html_(self) -> str:
+        prompt = self.generation.prompt
+        assert prompt is not None
+        best = self.candidates[0, :5]
+        rows = [(name, *own[best].tolist()) for name, own in zip(self.generation.branches, self.first_step, strict=True)]
+        rows.append(("mean", *self.probabilities[0, :5].tolist()))
+        return html_table(["first token", *(prompt.decode(token) for token in best)], rows, f"together: {self.text!r}")
+
+
+def paraphrase_ensemble(
+    model: Any,
+    phrasings: ICLNode | Iterable[ICLNode] | ICLGraph | CompiledPrompt,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    mean: Mean = "arithmetic",
+    positions: Positions = "after_parents",
+    visibility: Visibility = "parents",
+    backend: str = "auto",
+    kv_store: KVStore | None = None,
+    seed: int | None = None,
+    progress: bool = False,
+    **hf_generate_kwargs: Any,
+) -> Ensemble:
+    """Continue all sinks of a graph with the same tokens, each chosen from the mean of their next-token distributions.
+
+    The sinks are phrasings of one question; what they share is computed once, and none sees another. A step is one forward that
+    feeds the chosen token once per phrasing.
+
+    Parameters
+    ----------
+    model
+        A transformers model with ``generate``.
+    phrasings
+        The sinks, as nodes, as a graph, or compiled.
+    tokenizer, positions, visibility
+        To compile with; a compiled prompt brings its own.
+    mean
+        ``"arithmetic"``: of the probabilities, a token is likely if some phrasings find it likely. ``"geometric"``: of the
+        log-probabilities, made to sum to 1, a token is likely if no phrasing rules it out.
+    backend, kv_store
+        As for :func:`leattn.generate`.
+    seed
+        For ``do_sample=True``; the global random state stays as it was.
+    progress
+        A progress bar over tokens.
+    **hf_generate_kwargs
+        What ``generate`` takes for a program: ``max_new_tokens``, ``stop_strings``, ``do_sample``, ``temperature``,
+        ``logits_processor``, … Processors and sampling work on the log of the mean; the ids they are given are those of the
+        whole graph in layout order, and what was written.
+
+    Returns
+    -------
+    Ensemble
+
+    Raises
+    ------
+    LeattnError
+        An unknown mean; ``positions="sequential"`` with several sinks; stop strings without a tokenizer; options of generation
+        that are not about one sequence.
+    CompileError
+        A ``GenNode`` in the graph: write it first, and give the result's ``realised``.
+
+    Examples
+    --------
+    Documents contradict each other, and the phrasing decides whom the model believes:
+
+    >>> import leattn
+    >>> from leattn import ICLNode
+    >>> model, tokenizer = leattn.tiny.load()
+    >>> bos = leattn.bos(tokenizer)
+    >>> texts = ["Zarvia is governed from Madan.", "In Zarvia, the capital is Lumo.", "Zarvia's capital is Pardan."]
+    >>> docs = [ICLNode("\\n" + text, [bos]) for text in texts]
+    >>> asks = ["What is the capital of Zarvia?", "From which city is Zarvia governed?", "Name the capital of Zarvia."]
+    >>> phrasings = [ICLNode(f"\\nQ: {ask}\\nA:", [bos, *docs], ask) for ask in asks]
+    >>> together = paraphrase_ensemble(model, phrasings, tokenizer, max_new_tokens=2)
+    >>> [tokenizer.decode(token) for token in together.first_step.argmax(-1)], together.text
+    ([' Lumo', ' Pardan', ' Lumo'], ' Lumo.')
+    """
+    if mean not in MEANS:
+        raise LeattnError(choices("mean", mean, MEANS))
+    for name in ("streamer", "on_finished", "on_interrupt", "token_budget"):
+        if name in hf_generate_kwargs:
+            raise LeattnError(
+                f"{name} is for leattn.generate; an ensemble writes one text, its phrasings in step: leave it out"
+            )
+    prompt = phrasings if isinstance(phrasings, CompiledPrompt) else _compiled(phrasings, tokenizer, positions, visibility)
+    program, (part,) = build([prompt], prompt.tokenizer, positions=positions, visibility=visibility)
+    facts = hf.read_facts(model)
+    sampling = Sampling(model, hf_generate_kwargs, facts.device)
+    if prompt.tokenizer is None and sampling.stop:
+        raise LeattnError("stop strings are text, and there is no tokenizer to decode with; give one, or use eos_token_id")
+    sinks = [prompt.graph.index[sink] for sink in prompt.graph.sinks]
+    ends = [int(prompt.position_ids[0, prompt.offsets[i + 1] - 1]) for i in sinks]
+    limit = sampling.limit({}, len(prompt))
+    if not limit:
+        raise LeattnError(f"max_length leaves no token to write after a graph of {len(prompt)} tokens; use max_new_tokens")
+    check_last_position(max(ends) + limit, f"the last position may be {max(ends) + limit}", facts)
+    if seed is None:
+        seed = int(torch.randint(2**62, ()))  # so that torch.manual_seed is honoured
+    chooser = sampling.chooser({}, prompt.input_ids[0].tolist(), branch_seed(seed, NAME))
+    branch = Branch(NAME, limit=limit, ends=sampling.ends({}), stop=sampling.stop, decode=decoder(prompt.tokenizer))
+
+    started = time.perf_counter()
+    steps: list[torch.Tensor] = []
+    best: list[torch.Tensor] = []
+    continuations = list(part.branches.values())
+    with (
+        tqdm(total=limit, unit="token", disable=not progress) as bar,
+        workspace(model, program, backend=backend, kv_store=kv_store) as work,
+    ):
+        feeds, last = prefill(work, sinks)
+        logprobs = _logprobs(work, feeds, last.values())
+        first_step = logprobs.exp()
+        while not branch.finished:
+            together = _mean(logprobs, mean)
+            top = together.topk(min(KEPT, len(together)))
+            steps.append(top.values.exp())
+            best.append(top.indices)
+            branch.accept(chooser.choose(together))
+            bar.update()
+            if not branch.finished and chooser.wants_to_stop():
+                branch.finish()
+            if not branch.finished:
+                feeds = [Feed(i, branch.ids[-1:], False) for i in continuations]
+                logprobs = _logprobs(work, feeds, range(len(feeds)))
+        for i in continuations:
+            work.complete(i, branch.ids)
+    stats = Stats(work.computed, work.reused, len(branch.ids), work.attention.forwards, time.perf_counter() - started)
+    said = (Sequence(branch.text, torch.tensor(branch.ids, dtype=torch.long)),)
+    generation = Generation(prompt.graph, prompt, dict.fromkeys(part.branches, said), work.attention.backend.name, stats)
+    return Ensemble(torch.stack(best).cpu(), torch.stack(steps).cpu(), first_step.cpu(), generation)
+
+
+def _compiled(phrasings: Any, tokenizer: Any, positions: Positions, visibility: Visibility) -> CompiledPrompt:
+    prompt = compile_prompt(phrasings, tokenizer, positions=positions, visibility=visibility)
+    if positions == "sequential" and len(prompt.graph.sinks) > 1:
+        raise LeattnError(
+            f"with positions='sequential' the {len(prompt.graph.sinks)} phrasings would go on at each other's positions; "
+            "use 'after_parents', or pin them with end_pos_id"
+        )
+    return prompt
+
+
+def _logprobs(work: Workspace, feeds: list[Feed], rows: Iterable[int]) -> torch.Tensor:
+    logits: torch.Tensor = work.feed(feeds, list(rows)).logits[0]
+    return logits.float().log_softmax(-1)
+
+
+def _mean(logprobs: torch.Tensor, mean: Mean) -> torch.Tensor:
+    """The log of the mean distribution ``[V]`` of several, ``[P, V]``."""
+    if mean == "geometric":
+        return logprobs.mean(0).log_softmax(-1)
+    return logprobs.logsumexp(0) - math.log(len(logprobs))
