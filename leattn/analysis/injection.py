@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from leattn.analysis.targets import Target, target_ids
-from leattn.generation.forward import forward
 from leattn.compile import CompiledPrompt
 from leattn.errors import LeattnError
+from leattn.generation.forward import forward
 from leattn.interventions.hidden import Inject
 from leattn.interventions.intervene import Operation
 from leattn.interventions.operation import Layers
