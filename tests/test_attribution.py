@@ -227,8 +227,7 @@ def test_choosing_nodes_and_edges():
 )
 def test_bad_input_is_refused_before_the_model_runs(options, error, words):
     model = make_model("llama")
-    with torch.no_grad():  # the probe runs the model too
-        leattn.forward(model, diamond(), backend=options.get("backend", "auto"))
+    leattn.check_model(model)  # the probe runs the model too
     calls = []
     handle = model.lm_head.register_forward_hook(lambda *_: calls.append(1))
     with pytest.raises(error, match=words.replace("(", r"\(")):

@@ -15,6 +15,7 @@ from leattn.backends import hf
 from leattn.backends.batch import Batch
 from leattn.backends.binding import Attention, NotAsked, follow
 from leattn.backends.kinds import Backend, ModelFacts
+from leattn.backends.sparse import NoPlan
 from leattn.compile import CompiledPrompt, compile_prompt
 from leattn.dag.node import ICLNode
 
@@ -92,6 +93,8 @@ def _probe(model: Any, facts: ModelFacts, backend: Backend) -> str | None:
             unrelated_base = logits(left, right, seen="left")
     except NotAsked:
         return "it never asks transformers for a mask, so its layers are not (all) attention that a mask reaches"
+    except NoPlan:
+        return "its layers run without the mask that they are to be given"
 
     # What must not change may change by rounding; what must change moves by more than that.
     scale = float(base["child"].abs().max()) or 1.0

@@ -2,16 +2,19 @@
 
 The plan travels through the model as its mask argument. A group of equal stretches is one batched call on its own keys and one
 unmasked call on what it sees, merged by log-sum-exp; a prompt in which everyone sees everything is one causal call. What is
-generated sees the same columns of the prompt at every step, so these are gathered once per layer and kept.
+generated sees the same columns of the prompt at every step, so these are gathered once per layer and kept. On CUDA, all groups
+go into a few calls (backends/varlen.py) where torch has the kernel.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
+from leattn.backends import varlen
 from leattn.backends.batch import Batch, MaskRequest
 from leattn.backends.kernels import Kernel
 from leattn.backends.kinds import ModelFacts
@@ -25,6 +28,10 @@ LONG = 1024
 """Keys seen whole from which on a stretch by itself computes them apart from its own, without any mask."""
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class NoPlan(BackendError):
+    """A layer's attention was called with something else than our plan."""
 
 
 class Planned:
@@ -66,14 +73,23 @@ class Plan:
     def __init__(self, batch: Batch, request: MaskRequest) -> None:
         self.repeats = batch.repeats(request.rows)
         self.first = request.queries.start
-        columns = batch.table.columns
-        self.prompts = [
-            [Planned(step, columns, request.device) for step in plan_groups(stretches)]
-            for stretches in batch.stretches(request)
-        ]
         self.kept: dict[tuple[int, int], Pair | None] = batch.kept
-        if self.first < columns:
+        self._columns = batch.table.columns
+        self._request = request
+        self._stretches = batch.stretches(request)
+        if self.first < self._columns:
             self.kept.clear()
+
+    @cached_property
+    def prompts(self) -> list[list[Planned]]:
+        """The steps of each prompt."""
+        columns, device = self._columns, self._request.device
+        return [[Planned(step, columns, device) for step in plan_groups(stretches)] for stretches in self._stretches]
+
+    @cached_property
+    def packed(self) -> varlen.Packed:
+        """All prompts at once, for CUDA."""
+        return varlen.Packed(self._stretches, self.repeats, self._request.queries, self._request.device)
 
     def seen_of_prompt(self, layer: int | None, p: int, planned: Planned, key: torch.Tensor, value: torch.Tensor) -> Pair:
         """Keys and values ``[B or 1, G, n, D]`` that a continuation sees of prompt p, gathered at the first step only.
@@ -115,16 +131,20 @@ def sparse_attention(
         No plan (the model was called outside of attend), or an option that would be left out.
     """
     if not isinstance(attention_mask, Plan):
-        raise BackendError("sparse runs inside leattn.attend only; call model.set_attn_implementation('sdpa') first")
+        raise NoPlan("sparse runs inside leattn.attend only; call model.set_attn_implementation('sdpa') first")
     unknown = [name for name in ("softcap", "s_aux", "position_bias", "sliding_window") if kwargs.get(name) is not None]
     if unknown:
         raise BackendError(f"the sparse backend has no {unknown[0]}; use another backend")
     if dropout:
         raise BackendError("the sparse backend has no attention dropout; use model.eval() or set it to 0 in the config")
     plan, (rows, heads, length, size) = attention_mask, query.shape
+    scaling = size**-0.5 if scaling is None else scaling
+    packed_kernel = varlen.kernel_for(query, key, value)
+    if packed_kernel is not None:
+        return plan.packed.attention(packed_kernel, query, key, value, scaling), None
     output = query.new_zeros(rows, length, heads, value.shape[-1])  # padding columns stay 0
     most = max(1, TEMPORARY // (plan.repeats * heads * size * query.element_size()))
-    kernel = Kernel(query, key, value, size**-0.5 if scaling is None else scaling)
+    kernel = Kernel(query, key, value, scaling)
     for p, steps in enumerate(plan.prompts):
         part = slice(p * plan.repeats, (p + 1) * plan.repeats)
         for planned in steps:
