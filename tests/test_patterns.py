@@ -18,6 +18,7 @@ from transformers import LogitsProcessor
 
 import leattn
 from leattn import CompileError, GenNode, ICLGraph, ICLNode, KVStore, LeattnError, compile_prompt, generate
+from leattn.dag.gennode import copied
 from leattn.patterns import best_of_n, drafts, map_reduce, paraphrase_ensemble, self_consistency
 
 FAMILIES = ["llama", "qwen3", "gemma3_text", "gpt_neox", "gpt2"]
@@ -113,7 +114,7 @@ def test_a_seed_is_a_run_and_options_reach_generate():
 def test_a_draft_is_described_by_its_node():
     model, context = shared_model("llama"), ICLNode(ids(5, 0))
     draft = GenNode("one<two>", [context], max_new_tokens=2, start_pos_id=9, special_tokens="text", stop="x", top_k=7)
-    for node in (drafts.sampled(draft, 2, {})[1], drafts.like(draft, "other", [])):
+    for node in (drafts.sampled(draft, 2, {})[1], copied(draft, [], "other")):
         assert (node.content, node.max_new_tokens, node.stop) == ("one<two>", 2, ("x",))
         assert (node.start_pos_id, node.special_tokens, node.sampling["top_k"]) == (9, "text", 7)
     pinned = GenNode(ids(2, 1), [context], max_new_tokens=2, start_pos_id=9)

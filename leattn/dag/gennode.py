@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 
 from leattn.dag.node import ICLNode
 from leattn.errors import CompileError
+
+NodeT = TypeVar("NodeT", bound=ICLNode)
 
 _ELSEWHERE = {
     "end_pos_id": "how long the node becomes is not known before the model has written it; pin its start with start_pos_id",
@@ -119,6 +121,18 @@ class GenNode(ICLNode):
         options = {"max_new_tokens": self.max_new_tokens, **({"stop": self.stop} if self.stop else {}), **self.sampling}
         shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
         return f"GenNode({self._described()}, {shown})"
+
+
+def copied(node: NodeT, parents: Iterable[ICLNode], id: str, **sampling: Any) -> NodeT:
+    """The same chunk under another name, seeing other nodes; what the model writes may get further options of sampling."""
+    options: dict[str, Any] = {"start_pos_id": node.start_pos_id, "special_tokens": node.special_tokens}
+    copy: ICLNode
+    if isinstance(node, GenNode):
+        written = {"max_new_tokens": node.max_new_tokens, "stop": node.stop, **node.sampling, **sampling}
+        copy = GenNode(node.content, parents, id, **options, **written)
+    else:
+        copy = ICLNode(node.content, parents, id, end_pos_id=node.end_pos_id, **options)
+    return cast(NodeT, copy)
 
 
 def mark(node: ICLNode) -> str:

@@ -80,7 +80,7 @@ def fill(model: Any, prompt: CompiledPrompt, *, backend: str, kv_store: KVStore)
     with workspace(model, program, backend=backend, kv_store=kv_store) as work:
         work.demand(program.sees[len(prompt.graph) - 1])
         if work.queue:
-            work.feed([_next(work) for _ in range(len(work.queue))], [])
+            work.feed(work.take_all(), [])
         return Filled(prompt, work, work.attention.forwards)
 
 

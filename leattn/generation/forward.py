@@ -14,7 +14,7 @@ from leattn.compile import CompiledPrompt
 from leattn.errors import LeattnError
 from leattn.generation.fill import is_intervened
 from leattn.generation.program import build
-from leattn.generation.workspace import Feed, workspace
+from leattn.generation.workspace import workspace
 from leattn.kv.store import KVStore
 
 NOT_WITH_A_STORE = (
@@ -88,14 +88,13 @@ def _with_store(model: Any, prompt: CompiledPrompt, backend: str, store: KVStore
     program, _ = build([prompt], prompt.tokenizer, positions="after_parents", visibility="parents")
     with workspace(model, program, backend=backend, kv_store=store) as work:
         work.demand(sinks, compute=sinks)
-        feeds: list[Feed] = []
+        feeds = work.take_all()
         rows: list[int] = []
         first = 0
-        for i, ids in work.queue:
-            feeds.append(Feed(i, ids, True))
-            if i in sinks:
-                rows += range(first, first + len(ids))
-            first += len(ids)
+        for feed in feeds:
+            if feed.unit in sinks:
+                rows += range(first, first + len(feed.ids))
+            first += len(feed.ids)
         output = work.feed(feeds, rows, **model_kwargs)
     output.past_key_values = None  # in the order in which tokens were computed, of no use outside
     return output

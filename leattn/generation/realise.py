@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from leattn.compile import CompiledPrompt
-from leattn.dag.gennode import GenNode
+from leattn.dag.gennode import GenNode, copied
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode
 
@@ -40,28 +40,5 @@ def written_graph(graph: ICLGraph, headers: Mapping[str, Sequence[int]], written
         elif all(parent is old for parent, old in zip(parents, node.parents, strict=True)):
             new[node] = node
         else:
-            new[node] = _with_parents(node, parents, name)
+            new[node] = copied(node, parents, name)
     return ICLGraph(*(new[node] for node in graph.sinks))
-
-
-def _with_parents(node: ICLNode, parents: Sequence[ICLNode], name: str) -> ICLNode:
-    """A copy that sees other nodes."""
-    if isinstance(node, GenNode):
-        return GenNode(
-            node.content,
-            parents,
-            name,
-            max_new_tokens=node.max_new_tokens,
-            stop=node.stop,
-            start_pos_id=node.start_pos_id,
-            special_tokens=node.special_tokens,
-            **node.sampling,
-        )
-    return ICLNode(
-        node.content,
-        parents,
-        name,
-        start_pos_id=node.start_pos_id,
-        end_pos_id=node.end_pos_id,
-        special_tokens=node.special_tokens,
-    )

@@ -148,6 +148,12 @@ class Workspace:
         for layer in range(len(loads[0][1].keys) if loads else 0):
             self.arena.load(layer, [entry.keys[layer] for _, entry in loads], [entry.values[layer] for _, entry in loads])
 
+    def take_all(self) -> list[Feed]:
+        """Everything that is queued, for one forward."""
+        feeds = [Feed(i, ids, True) for i, ids in self.queue]
+        self.queue.clear()
+        return feeds
+
     def feed(self, feeds: Sequence[Feed], rows: Sequence[int], **model_kwargs: Any) -> Any:
         """One forward; the model's output with logits ``[1, rows, V]`` of the fed tokens in ``rows``, or hidden states."""
         ids: list[int] = []

@@ -1,28 +1,13 @@
-"""A ``GenNode`` as the description of several: the same header, limit and sampling under other names."""
+"""A ``GenNode`` as the description of several drafts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from leattn.dag.gennode import GenNode
-from leattn.dag.node import ICLNode
+from leattn.dag.gennode import GenNode, copied
 from leattn.errors import LeattnError
 from leattn.generation.result import Generation
-
-
-def like(node: GenNode, id: str, parents: Iterable[ICLNode], **sampling: Any) -> GenNode:
-    """A node that writes as ``node`` does, with another name, other parents, and further options of sampling."""
-    return GenNode(
-        node.content,
-        parents,
-        id,
-        max_new_tokens=node.max_new_tokens,
-        stop=node.stop,
-        start_pos_id=node.start_pos_id,
-        special_tokens=node.special_tokens,
-        **{**node.sampling, **sampling},
-    )
 
 
 def check_written(node: object, what: str) -> None:
@@ -48,7 +33,7 @@ def sampled(draft: GenNode, n: int, options: Mapping[str, Any]) -> list[GenNode]
     if n > 1 and not do_sample:
         raise LeattnError(f"do_sample={do_sample!r} would write the same draft {n} times; leave it out")
     name = draft.id or "draft"
-    return [like(draft, f"{name} {i}", draft.parents, do_sample=do_sample) for i in range(1, n + 1)]
+    return [copied(draft, draft.parents, f"{name} {i}", do_sample=do_sample) for i in range(1, n + 1)]
 
 
 def texts_of(drafts: Iterable[GenNode], generation: Generation) -> dict[str, str]:

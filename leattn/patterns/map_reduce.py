@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from leattn.dag.gennode import GenNode
+from leattn.dag.gennode import GenNode, copied
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode
 from leattn.errors import LeattnError, choices
 from leattn.generation.generate import generate
 from leattn.generation.result import Generation
-from leattn.patterns.drafts import check_written, like
+from leattn.patterns.drafts import check_written
 from leattn.patterns.table import html_table
 
 if TYPE_CHECKING:
@@ -118,12 +118,12 @@ def map_reduce(
     seen_with: dict[ICLNode, list[ICLNode]] = {}
     for i, document in enumerate(documents, 1):
         node = document if isinstance(document, ICLNode) else ICLNode(document, map.parents, f"document {i}")
-        outputs.append(like(map, f"{map.id or 'map'} {i}", [*map.parents, node]))
+        outputs.append(copied(map, [*map.parents, node], f"{map.id or 'map'} {i}"))
         seen_with[outputs[-1]] = [node, outputs[-1]] if reduce_sees == "outputs and documents" else [outputs[-1]]
 
     def reducer(name: str, group: Sequence[GenNode]) -> GenNode:
         parents = [*reduce.parents, *(seen for one in group for seen in seen_with.get(one, [one]))]
-        return like(reduce, name, dict.fromkeys(parents))
+        return copied(reduce, dict.fromkeys(parents), name)
 
     name = reduce.id or "reduce"
     level, depth = outputs, 0
