@@ -315,3 +315,35 @@ def test_positions_and_pins(positions):
             prompt = compile_prompt(alone(node, finished, {}), positions=positions)
             expected, margins = oracle(model, prompt, node.max_new_tokens)
             assert_equal_up_to_ties(written[node.id], expected, margins)
+
+
+# Chats.
+
+
+def test_a_generated_turn_is_what_transformers_generates_on_the_rendered_chat():
+    model, tokenizer = leattn.tiny.load()
+    fact = "The capital of Quorin is Kumund. What is the capital of Quorin?"
+    messages = [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": fact}]
+    options = {"max_new_tokens": 6}
+    graph = leattn.from_chat(tokenizer, [*messages, {"role": "assistant", "generate": options}])
+    result = generate(model, graph, tokenizer)
+    plain = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    new = model.generate(**plain, **options)[0, plain["input_ids"].shape[1] :]
+    assert result.text == tokenizer.decode(new, skip_special_tokens=True).strip()
+    assert result.token_ids.tolist() == new.tolist()[: len(result.token_ids)]
+
+
+def test_a_later_turn_sees_what_was_generated():
+    model, tokenizer = leattn.tiny.load()
+    turn = {"role": "assistant", "generate": {"max_new_tokens": 6}}
+    questions = [{"role": "user", "content": f"What is the capital of {name}?"} for name in ("Zarvia", "Genia")]
+    graph = leattn.from_chat(tokenizer, [questions[0], turn, questions[1], turn], documents=["The capital of Genia is Pardan."])
+    result = generate(model, graph, tokenizer)
+    first = result.branches["assistant 1"][0].text
+    again = leattn.from_chat(
+        tokenizer,
+        [questions[0], {"role": "assistant", "content": first}, questions[1], turn],
+        documents=["The capital of Genia is Pardan."],
+    )
+    (sink,) = again.sinks
+    assert result["assistant 2"] == generate(model, again, tokenizer)[sink]
