@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import VISIBILITIES, graphs
 
+import leattn
 from leattn import ICLNode, causal, chain, compile_prompt, parallel
 from leattn.backends.batch import Batch, MaskRequest
 from leattn.backends.plan import Group, Mixed, Stretch, plan_groups
@@ -97,6 +98,23 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_kind_of_group(shape):
     check([SHAPES[shape]])
+
+
+def test_short_stretches_go_side_by_side(monkeypatch):
+    """30 siblings of 7 tokens: seven blocks of four under one mask, and one of the two that are left."""
+    masks = []
+    original = leattn.backends.kernels.scaled_dot_product_attention
+
+    def counted(query, key, value, mask, **kwargs):
+        masks.append((len(query), *(() if mask is None else mask.shape)))
+        return original(query, key, value, mask, **kwargs)
+
+    monkeypatch.setattr(leattn.backends.kernels, "scaled_dot_product_attention", counted)
+    check([SHAPES["siblings"]])
+    assert masks.count((7, 28, 33)) == masks.count((1, 14, 19)) == 2  # with gradients and without
+    masks.clear()
+    check([SHAPES["siblings"]], repeats=2)
+    assert masks.count((14, 28, 33)) == masks.count((2, 14, 19)) == 2
 
 
 def test_plans_are_few_groups():

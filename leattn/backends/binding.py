@@ -1,23 +1,22 @@
-"""What happens to a model while it follows a graph, and how every bit of it is undone.
+"""What happens to a model while it follows a graph: which forward follows which prompts, and what transformers is answered.
 
 A pre-hook on the model's backbone fills in positions and remembers, in a ``ContextVar``, which prompts this very forward
 follows; transformers then asks our mask function (backends/hf.py), which answers from the prompts. Contexts are per thread, so
-two graphs can run on one model at once; a thread that knows of no prompt raises.
+two graphs can run on one model at once; a thread that knows of no prompt raises. What all threads share is in switching.py.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import torch
 
-from leattn.backends import BACKENDS, hf
+from leattn.backends import BACKENDS, hf, switching
 from leattn.backends.batch import Batch, MaskRequest
 from leattn.backends.call import by_name, prepared_call
 from leattn.backends.kinds import Backend, ModelFacts
@@ -115,14 +114,14 @@ def follow(attention: Attention) -> Iterator[Attention]:
     ours = {backend.implementation: backend.function for backend in BACKENDS.values() if backend.function is not None}
     hf.install(theirs, _answer, {hf.WRAPPED: _attention, **ours})
     outer, active = _attentions.get(), _forwards.get()
-    _bind(attention, outer)
+    switching.bind(attention, outer, _before, _after)
     try:
         _attentions.set((*outer, attention))
         yield attention
     finally:
         _attentions.set(outer)
         _forwards.set(active)
-        _unbind(attention)
+        switching.unbind(attention, outer)
 
 
 def innermost(base: Any) -> Attention | None:
@@ -135,61 +134,9 @@ def running(base: Any) -> Attention | None:
     return next((attention for attention in reversed(_forwards.get()) if attention.base is base), None)
 
 
-# What is bound to a model while blocks are open: two hooks on its backbone and, if need be, another implementation.
-
-
-@dataclass
-class _Binding:
-    """Hooks that are shared by all blocks on a model; ``switches`` undo changes of the implementation, newest last."""
-
-    loaded_with: str
-    handles: tuple[Any, ...]
-    blocks: int = 0
-    switches: list[tuple[Attention, Callable[[], None]]] = field(default_factory=list)
-
-
-_bindings: WeakKeyDictionary[Any, _Binding] = WeakKeyDictionary()
-_lock = threading.RLock()
-
-
-def _bind(attention: Attention, outer: tuple[Attention, ...]) -> None:
-    base = attention.base
-    with _lock:
-        binding = _bindings.get(base)
-        current = base.config._attn_implementation
-        if binding is None:
-            handles = (
-                base.register_forward_pre_hook(_before, with_kwargs=True, prepend=True),
-                base.register_forward_hook(_after, always_call=True),
-            )
-            binding = _bindings[base] = _Binding(current, handles)
-        try:
-            if current != attention.implementation and _others_use(binding, base, outer):
-                # Under "auto", what another thread runs on is as good if it serves.
-                same = (other for other in attention.alternatives if other.implementation == current)
-                attention.backend = next(same, attention.backend)
-            if current != attention.implementation:
-                _check_switch(attention, binding, outer)
-                binding.switches.append((attention, hf.switch(base, attention.implementation)))
-        except BaseException:
-            if not binding.blocks:
-                _release(base, binding)
-            raise
-        binding.blocks += 1
-
-
-def _others_use(binding: _Binding, base: Any, around: tuple[Attention, ...]) -> bool:
-    """Whether blocks on the model are open in other threads, given those around the current code."""
-    return binding.blocks > sum(block.base is base for block in around)
-
-
 def implementation_elsewhere(base: Any) -> str | None:
     """What the model runs on if another thread is following a graph on it, else None."""
-    with _lock:
-        binding = _bindings.get(base)
-        if binding is None or not _others_use(binding, base, _attentions.get()):
-            return None
-        return str(base.config._attn_implementation)
+    return switching.elsewhere(base, _attentions.get())
 
 
 def trains_otherwise(base: Any) -> bool:
@@ -198,51 +145,6 @@ def trains_otherwise(base: Any) -> bool:
         return False
     drops = (value for name, value in base.config.to_dict().items() if "drop" in name)
     return getattr(base, "is_gradient_checkpointing", False) or any(isinstance(value, float) and value > 0 for value in drops)
-
-
-def _move(attention: Attention) -> None:
-    """Go on with another backend: ``"auto"`` took sparse, and the model is called with what sparse does not serve."""
-    base = attention.base
-    with _lock:
-        attention.backend, attention.alternatives = attention.alternatives[0], ()
-        if base.config._attn_implementation != attention.implementation:
-            binding = _bindings[base]
-            _check_switch(attention, binding, _attentions.get())
-            binding.switches.append((attention, hf.switch(base, attention.implementation)))
-
-
-def _check_switch(attention: Attention, binding: _Binding, outer: tuple[Attention, ...]) -> None:
-    base, implementation = attention.base, attention.implementation
-    if _others_use(binding, base, outer):
-        raise BackendError(
-            f"another thread is using this model with {base.config._attn_implementation!r}; "
-            f"one model runs one implementation at a time, so use the same backend in both, not {implementation!r}"
-        )
-    if base.training and getattr(base, "is_gradient_checkpointing", False) and implementation != binding.loaded_with:
-        raise BackendError(
-            "gradient checkpointing runs the layers again in backward, when this block may have ended and the model is back "
-            f"on {binding.loaded_with!r}; call model.set_attn_implementation({implementation!r}) first"
-        )
-
-
-def _unbind(attention: Attention) -> None:
-    with _lock:
-        binding = _bindings[attention.base]
-        binding.blocks -= 1
-        # Where another thread still runs on what this block switched to, the last block on the model switches back.
-        around = sum(other.base is attention.base for other in _attentions.get())
-        while binding.switches and binding.switches[-1][0] is attention and binding.blocks == around:
-            binding.switches.pop()[1]()
-        if not binding.blocks:
-            _release(attention.base, binding)
-
-
-def _release(base: Any, binding: _Binding) -> None:
-    for handle in binding.handles:
-        handle.remove()
-    for _, restore in reversed(binding.switches):
-        restore()
-    del _bindings[base]
 
 
 def _before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -271,7 +173,7 @@ def _check_sparse(attention: Attention, call: dict[str, Any]) -> None:
     asked = call.get("output_attentions")
     wants_weights = attention.base.config.output_attentions if asked is None else asked
     if attention.alternatives and (wants_weights or trains_otherwise(attention.base)):
-        _move(attention)
+        switching.move(attention, _attentions.get())
     elif wants_weights:
         raise BackendError("sparse has no attention weights to return; use backend='eager' for output_attentions")
 
@@ -311,7 +213,7 @@ def _mask(attention: Attention, implementation: str, request: MaskRequest, plain
     if attention.implementation != implementation:
         raise BackendError(f"the model was switched to {implementation!r} inside attend; leave the block first")
     if attention.backend.name == "sparse" and attention.alternatives and not attention.batch.is_own_padding(request):
-        _move(attention)
+        switching.move(attention, _attentions.get())
     if attention.backend.name == "sdpa" and attention.batch.is_plain and attention.wrapped is None:
         return plain()
     return attention.backend.mask(attention.batch, request)

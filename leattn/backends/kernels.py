@@ -6,6 +6,9 @@ is computed apart from their own part; everywhere else keys are put side by side
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -15,17 +18,26 @@ SHORT = 64
 """Keys seen whole up to which each stretch of a group gets a copy of them; more are computed apart and merged."""
 
 
+BLOCK = 32
+"""Queries that the CPU's kernel takes at a time. Fewer cost as much, so short stretches go side by side, and few queries with
+the heads that share a key head."""
+
+
+def needs_gradient(*tensors: torch.Tensor) -> bool:
+    """Whether anybody will ask for the gradient of what is computed from these."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 class Kernel:
     """How to compute one layer's attention: its scaling, and whether the kernel that returns the log-sum-exp may be used."""
 
     def __init__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> None:
-        needs_gradient = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
         self.scaling = scaling
         # Private, but the one that returns the log-sum-exp and takes grouped heads; it has no gradient for that, and wants
         # values as wide as keys (deepseek's latent attention has others).
         self.with_lse = (
             query.device.type == "cpu"
-            and not needs_gradient
+            and not needs_gradient(query, key, value)
             and key.shape[-1] == value.shape[-1]
             and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
         )
@@ -107,17 +119,14 @@ class Kernel:
         output: torch.Tensor,
     ) -> None:
         """Equal stretches, into ``output``; ``seen`` are the keys and values that all see, if they have no windows."""
+        if group.window or not self.with_lse or group.seen_keys <= SHORT:
+            for block, several in _blocks(group):
+                columns = slice(block.start - group.start, block.stop - group.start)
+                by_block = output[:, columns].unflatten(1, (block.count, block.length))  # type: ignore[no-untyped-call]
+                self._with_copies(query[:, :, columns], key, value, block, several, seen, by_block)
+            return
         own = slice(group.start, group.stop)
         parts = [_split(x, group) for x in (query, key[:, :, own], value[:, :, own])]
-        if group.window or not self.with_lse or group.seen_keys <= SHORT:
-            keys, values = parts[1:]
-            if group.window:
-                keys, values = (_with_window(x, group) for x in (key, value))
-            elif group.seen_keys:
-                keys, values = (torch.cat([_repeat(x, group), part], 2) for x, part in zip(seen, parts[1:], strict=True))
-            by_stretch = output.unflatten(1, (group.count, group.length))  # type: ignore[no-untyped-call]
-            self.stairs(parts[0], keys, values, by_stretch, count=group.count)
-            return
         steps = []
         for start, stop in _steps(group.length, group.length):
             is_causal = stop - start == group.length
@@ -125,8 +134,41 @@ class Kernel:
             step = parts[0][:, :, start:stop], parts[1][:, :, :stop], parts[2][:, :, :stop]
             steps.append(self._flash(*step, causal=is_causal, mask=mask))
         mine, mine_lse = (_joined(torch.cat(x, 2), group) for x in zip(*steps, strict=True))
-        theirs, theirs_lse = (x.transpose(1, 2) for x in self._flash(query, *seen))
+        if 2 * query.shape[2] <= BLOCK:
+            theirs, theirs_lse = self._folded(query, *seen)
+        else:
+            theirs, theirs_lse = (x.transpose(1, 2) for x in self._flash(query, *seen))
         torch.lerp(mine, theirs, torch.sigmoid(theirs_lse - mine_lse).to(query.dtype), out=output)
+
+    def _with_copies(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        group: Group,
+        several: int,
+        seen: tuple[torch.Tensor, torch.Tensor],
+        output: torch.Tensor,
+    ) -> None:
+        """What is seen lies in front of own keys, once for every ``several`` stretches, which are one of the group's.
+
+        Output is ``[B, count, L, H, D]``.
+        """
+        own = slice(group.start, group.stop)
+        if group.window:
+            keys, values = (_with_window(x, group) for x in (key, value))
+        else:
+            keys, values = (_split(x[:, :, own], group) for x in (key, value))
+            if group.seen_keys:
+                pairs = zip(seen, (keys, values), strict=True)
+                keys, values = (torch.cat([_repeat(x, group), part], 2) for x, part in pairs)
+        queries = _split(query, group)
+        if several == 1:
+            self.stairs(queries, keys, values, output, count=group.count)
+            return
+        mask = _side_by_side(several, group.length // several, keys.shape[2], query)
+        part = scaled_dot_product_attention(queries, keys, values, mask, scale=self.scaling, enable_gqa=True)
+        output.copy_(part.transpose(1, 2).unflatten(0, (-1, group.count)))  # type: ignore[no-untyped-call]
 
     def _flash(
         self,
@@ -142,6 +184,15 @@ class Kernel:
             query, key, value, 0.0, causal, attn_mask=mask, scale=self.scaling
         )
         return output, lse[..., None]
+
+
+def _blocks(group: Group) -> Iterator[tuple[Group, int]]:
+    """The group as one whose stretches each are several short ones side by side, and the same for what is left over."""
+    several = 1 if group.window or not group.seen_keys else max(1, min(group.count, BLOCK // group.length))
+    whole, rest = divmod(group.count, several)
+    yield replace(group, length=several * group.length, count=whole), several
+    if rest:
+        yield replace(group, start=group.stop - rest * group.length, length=rest * group.length, count=1), rest
 
 
 def _split(x: torch.Tensor, group: Group) -> torch.Tensor:
@@ -181,3 +232,11 @@ def _bottom_right(length: int, keys: int, like: torch.Tensor) -> torch.Tensor:
     """What to add to the scores of queries of which the last stands at the last key, ``[Q, K]``."""
     mask = torch.full((length, keys), -torch.inf, dtype=like.dtype, device=like.device)
     return mask.triu_(keys - length + 1)
+
+
+def _side_by_side(several: int, length: int, keys: int, like: torch.Tensor) -> torch.Tensor:
+    """The same for several stretches of queries that see their own stretch up to themselves, and what is in front whole."""
+    mask = _bottom_right(several * length, keys, like)
+    stretch = torch.arange(several * length, device=like.device) // length
+    mask[:, keys - several * length :].masked_fill_(stretch[:, None] != stretch, -torch.inf)
+    return mask
