@@ -67,7 +67,7 @@ def best_of_n(
     scorer: Callable[[str], float] | Literal["logprob"] = "logprob",
     **options: Any,
 ) -> Best:
-    """Write a node ``n`` times by sampling, and take the draft with the highest score.
+    """Write a node ``n`` times by sampling, and take the draft with the highest score; of equal drafts, the earliest.
 
     Parameters
     ----------
@@ -117,7 +117,10 @@ def best_of_n(
     for name, score in scores.items():
         if math.isnan(score):
             raise LeattnError(f"the score of {name!r}, {texts[name]!r}, is NaN; give numbers that can be compared")
-    return Best(max(scores, key=lambda name: scores[name]), scores, generation)
+    ids = {name: generation.branches[name][0].token_ids.tolist() for name in texts}
+    best = max(scores, key=lambda name: scores[name])
+    # Rounding may tell apart drafts that are the same, so that machines would disagree on which of them is best.
+    return Best(next(name for name in ids if ids[name] == ids[best]), scores, generation)
 
 
 def _mean_logprobs(
