@@ -279,9 +279,9 @@ def test_transformers_streamers_are_for_one_sink(tiny):
 
 def test_options_of_programs_are_refused_for_one_sink():
     model = shared_model("llama")
-    for options in ({"token_budget": 4}, {"progress": True}, {"on_finished": print}, {"on_interrupt": "return"}):
-        with pytest.raises(LeattnError, match="is for programs"):
-            generate(model, ICLNode([1, 2, 3]), max_new_tokens=2, **options)
+    for name, value in {"token_budget": 4, "progress": True, "on_finished": print, "on_interrupt": "return"}.items():
+        with pytest.raises(LeattnError, match=f"^{name} is for programs"):
+            generate(model, ICLNode([1, 2, 3]), max_new_tokens=2, **{name: value})
 
 
 def test_positions_that_a_program_may_reach_are_checked_first():

@@ -148,9 +148,7 @@ def generate(
             config=hf_generate_kwargs,
         )
     else:
-        given = [name for name in ("on_finished", "token_budget") if getattr(options, name) is not None]
-        if given or progress or on_interrupt != "raise":
-            name = (*given, "progress", "on_interrupt")[0]
+        for name in options.only_for_programs:
             raise LeattnError(f"{name} is for programs; a graph with one sink and no GenNode is continued by transformers")
         if streamer is not None:
             hf_generate_kwargs["streamer"] = streamer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -38,6 +38,11 @@ class ProgramOptions:
     progress: bool = False
     token_budget: int | None = None
     on_interrupt: OnInterrupt = "raise"
+
+    @property
+    def only_for_programs(self) -> list[str]:
+        """The options that were given and that one sink does not have: all but the streamer."""
+        return [one.name for one in fields(self) if one.name != "streamer" and getattr(self, one.name) != one.default]
 
     def check(self) -> None:
         if self.streamer is not None and (hasattr(self.streamer, "put") or not callable(self.streamer)):
