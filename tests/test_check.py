@@ -39,7 +39,6 @@ def test_what_is_accepted(family):
         ("gpt_oss", "flex", "transformers has no attention sinks for flex_attention on a CPU"),
         ("gemma2", "sparse", "it has no soft-cap on attention scores"),
         ("gpt_oss", "sparse", "it has no attention sinks"),
-        ("mistral", "sparse", "it has no sliding windows; use backend='eager', 'sdpa' or 'flex'"),
         ("gptj", "sdpa", "transformers does not run gptj through sdpa"),
         ("falcon", "sdpa", "falcon fixes its attention implementation when it is loaded, here 'eager'; load it with"),
     ],

@@ -18,8 +18,8 @@ from leattn.backends.sparse import Plan, sparse_attention
 from leattn.visible import merge
 
 
-def request(rows, first, stop):
-    return MaskRequest(rows, range(first, stop), stop, None, torch.float32, torch.device("cpu"), None)
+def request(rows, first, stop, window=None):
+    return MaskRequest(rows, range(first, stop), stop, window, torch.float32, torch.device("cpu"), None)
 
 
 def dense(query, key, value, mask):
@@ -36,14 +36,14 @@ def tensors(rows, length, keys, *, heads=4, groups=2, size=8, seed=0):
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-def check(prompts, first=0, beyond=0, repeats=1):
+def check(prompts, first=0, beyond=0, repeats=1, window=None):
     """Compare the columns from ``first`` on, with ``beyond`` generated ones, against the mask table's rows."""
     batch = Batch(prompts, torch.device("cpu"))
     stop = batch.table.columns + beyond
     rows = len(prompts) * repeats
     query, key, value = tensors(rows, stop - first, stop)
-    mask = batch.table.rows(torch.arange(first, stop), stop).repeat_interleave(repeats, 0)
-    plan = Plan(batch, request(rows, first, stop))
+    mask = batch.table.rows(torch.arange(first, stop), stop, window=window).repeat_interleave(repeats, 0)
+    plan = Plan(batch, request(rows, first, stop, window))
     real = torch.arange(first, stop) >= torch.tensor(batch.table.padding).repeat_interleave(repeats)[:, None]
     for grad in (False, True):  # with gradients the kernels without log-sum-exp run
         with torch.set_grad_enabled(grad):
@@ -67,6 +67,28 @@ def test_batches_beams_continuations_and_decoding(one, two):
     columns = max(len(prompt) for prompt in prompts)
     check(prompts, first=columns, beyond=1, repeats=2)
     check(prompts, first=columns + 1, beyond=4)
+
+
+@settings(max_examples=40)
+@given(one=graphs(max_nodes=6, max_tokens=9), two=graphs(max_nodes=6), window=st.integers(1, 12), queries=st.integers(1, 5))
+def test_windows(one, two, window, queries):
+    prompts = [compile_prompt(ICLNode([1, 2], graph.sinks)) for graph in (one, two)]
+    columns = max(len(prompt) for prompt in prompts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(leattn.backends.windows, "QUERIES", queries)  # a mask covers this many queries
+        check(prompts, beyond=3, repeats=2, window=window)
+        check(prompts, first=columns, beyond=1, repeats=2, window=window)
+        check(prompts, first=columns // 2, window=window)
+
+
+def test_a_window_is_masked_only_where_it_reaches_back_too_far():
+    """Documents of 40 tokens at positions 5 to 45, and a question behind them: only the question looks back by more than 41."""
+    prompt = compile_prompt(ICLNode(ids(6), [HEAD, *parallel([ids(40)] * 4, [HEAD])]))
+    assert [type(step.step) for (steps,) in [check([prompt], window=45).prompts] for step in steps][-1] is Mixed
+    kinds = [type(planned.step) for planned in check([prompt], window=45).prompts[0]]
+    assert kinds.count(Mixed) == 1
+    last = check([prompt], window=10).prompts[0][-1].step
+    assert len(last.keys) == 6 + 4 * 9  # its own, and of each document those less than 10 positions before its first token
 
 
 @settings(max_examples=25)

@@ -51,6 +51,11 @@ class Kernel:
         output = scaled_dot_product_attention(folded, key, value, folded_mask, scale=self.scaling)
         return output.view(rows, groups, heads // groups, length, -1).flatten(1, 2).transpose(1, 2)
 
+    def causal(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Plain causal attention, in one call whose result is not copied."""
+        output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scaling, enable_gqa=True)
+        return output.transpose(1, 2)
+
     def stairs(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor, *, count: int = 1
     ) -> None:

@@ -18,7 +18,8 @@ from leattn.backends import varlen
 from leattn.backends.batch import Batch, MaskRequest
 from leattn.backends.kernels import Kernel
 from leattn.backends.kinds import ModelFacts
-from leattn.backends.plan import Mixed, Step, plan_groups
+from leattn.backends.plan import Mixed, Step, Stretch, plan_groups
+from leattn.backends.windows import windowed_steps
 from leattn.errors import BackendError
 
 TEMPORARY = 4 << 20
@@ -74,17 +75,41 @@ class Plan:
         self.repeats = batch.repeats(request.rows)
         self.first = request.queries.start
         self.kept: dict[tuple[int, int], Pair | None] = batch.kept
-        self._columns = batch.table.columns
         self._request = request
         self._stretches = batch.stretches(request)
-        if self.first < self._columns:
+        self._table = batch.table
+        if self.first < batch.table.columns:
             self.kept.clear()
 
     @cached_property
     def prompts(self) -> list[list[Planned]]:
         """The steps of each prompt."""
-        columns, device = self._columns, self._request.device
-        return [[Planned(step, columns, device) for step in plan_groups(stretches)] for stretches in self._stretches]
+        columns, device, window = self._table.columns, self._request.device, self._request.window
+        if window is None or not self.is_windowed:
+            steps = [plan_groups(stretches) for stretches in self._stretches]
+        else:
+            each = zip(self._stretches, self._positions.cpu().numpy(), strict=True)
+            steps = [windowed_steps(stretches, positions, window) for stretches, positions in each]
+        return [[Planned(step, columns, device) for step in those] for those in steps]
+
+    @cached_property
+    def _positions(self) -> torch.Tensor:
+        """Of all keys, ``[P, K]``."""
+        return self._table.positions_at(0, self._request.keys)
+
+    @cached_property
+    def is_windowed(self) -> bool:
+        """Whether any query could reach further back than the window of these layers."""
+        window, queries = self._request.window, self._request.queries
+        if window is None:
+            return False
+        return bool(self._positions[:, queries.start : queries.stop].max() - self._positions.min() >= window)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether this is one prompt in which everyone sees everything before: one call, as for plain text."""
+        queries = self._request.queries
+        return self._stretches == [[Stretch(0, queries.stop, ())]] and not queries.start and not self.is_windowed
 
     @cached_property
     def packed(self) -> varlen.Packed:
@@ -132,19 +157,21 @@ def sparse_attention(
     """
     if not isinstance(attention_mask, Plan):
         raise NoPlan("sparse runs inside leattn.attend only; call model.set_attn_implementation('sdpa') first")
-    unknown = [name for name in ("softcap", "s_aux", "position_bias", "sliding_window") if kwargs.get(name) is not None]
+    unknown = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if unknown:
         raise BackendError(f"the sparse backend has no {unknown[0]}; use another backend")
     if dropout:
         raise BackendError("the sparse backend has no attention dropout; use model.eval() or set it to 0 in the config")
     plan, (rows, heads, length, size) = attention_mask, query.shape
     scaling = size**-0.5 if scaling is None else scaling
-    packed_kernel = varlen.kernel_for(query, key, value)
+    packed_kernel = None if plan.is_windowed else varlen.kernel_for(query, key, value)
     if packed_kernel is not None:
         return plan.packed.attention(packed_kernel, query, key, value, scaling), None
+    kernel = Kernel(query, key, value, scaling)
+    if plan.is_causal:
+        return kernel.causal(query, key[:, :, :length], value[:, :, :length]), None
     output = query.new_zeros(rows, length, heads, value.shape[-1])  # padding columns stay 0
     most = max(1, TEMPORARY // (plan.repeats * heads * size * query.element_size()))
-    kernel = Kernel(query, key, value, scaling)
     for p, steps in enumerate(plan.prompts):
         part = slice(p * plan.repeats, (p + 1) * plan.repeats)
         for planned in steps:
@@ -182,8 +209,6 @@ class Sparse:
             return "it has no soft-cap on attention scores; use backend='eager' or 'flex'"
         if facts.sinks:
             return "it has no attention sinks; use backend='eager'"
-        if facts.windowed:
-            return "it has no sliding windows; use backend='eager', 'sdpa' or 'flex'"
         return None
 
     def mask(self, batch: Batch, request: MaskRequest) -> Plan:
