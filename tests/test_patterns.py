@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 
 import pytest
@@ -509,3 +510,10 @@ def test_ensembles_that_make_no_sense_are_refused():
         paraphrase_ensemble(model, GenNode([1], max_new_tokens=2))
     with pytest.raises(LeattnError, match="the last position may be 600, but gpt2 has a table of 512 positions"):
         paraphrase_ensemble(shared_model("gpt2"), ICLNode([1, 2]), max_new_tokens=599)
+
+
+def test_of_equal_drafts_the_earliest_is_best_whatever_the_rounding(monkeypatch):
+    scores = {f"draft {i}": -1.0 + 1e-7 * i for i in range(1, 5)}
+    monkeypatch.setattr(sys.modules["leattn.patterns.best_of_n"], "_mean_logprobs", lambda *_, **__: scores)
+    draft = GenNode(ids(3, 1), max_new_tokens=2, do_sample=True, top_k=1)  # sampling that leaves one choice
+    assert best_of_n(shared_model("llama"), draft, n=4, seed=0).name == "draft 1"

@@ -42,6 +42,12 @@ def test_a_draw_depends_on_the_seed_and_not_on_the_neighbours():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_equal_branches_draw_apart():
+    context = ICLNode(ids(6, 1), id="context")
+    same = [GenNode(ids(4, 20), [context], f"b{i}", max_new_tokens=12, do_sample=True, temperature=2.0) for i in range(4)]
+    assert len(set(generate(shared_model("llama"), ICLGraph(*same), seed=1).texts.values())) == 4
+
+
 def test_without_a_seed_the_global_one_counts():
     model, graph = shared_model("llama"), branches(do_sample=True)
     torch.manual_seed(3)
@@ -145,7 +151,8 @@ def test_stop_strings_are_dropped_and_ids_end_before_them(tiny):
     assert by_argument.token_ids.tolist() == sequence.token_ids.tolist()
 
 
-def test_a_stop_string_across_tokens_reaches_no_child(tiny):
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "sparse"])
+def test_a_stop_string_across_tokens_reaches_no_child(tiny, backend):
     """The first token was fed before the second one completed the stop string; nobody may see it."""
     model, tokenizer = tiny
     fact = ICLNode("The capital of Quorin is Kumund.", id="fact")
@@ -154,7 +161,14 @@ def test_a_stop_string_across_tokens_reaches_no_child(tiny):
     assert (free.text, len(free.token_ids)) == (" Kumund.", 2)
     draft = GenNode(header, [fact], "draft", max_new_tokens=6, stop="und.")
     child = GenNode(header, [fact, draft], "child", max_new_tokens=4)
-    result = generate(model, child, tokenizer)
+    logits_seen = []
+
+    class Watch(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            logits_seen.append(scores.clone())
+            return scores
+
+    result = generate(model, child, tokenizer, backend=backend, logits_processor=[Watch()])
     assert (result["draft"], result.token_ids["draft"].tolist()) == (" Kum", [])
     cold = generate(model, ICLNode(header, [fact, ICLNode(header, [fact])]), tokenizer, max_new_tokens=4)
     assert result.token_ids["child"].tolist() == cold.token_ids.tolist()
@@ -162,6 +176,8 @@ def test_a_stop_string_across_tokens_reaches_no_child(tiny):
     logits = leattn.forward(model, prompt, backend="eager").logits[0]
     new = len(result.token_ids["child"])
     assert logits[-new - 1 : -1].argmax(-1).tolist() == result.token_ids["child"].tolist()
+    # Two tokens of the draft were looked at, then the child's first: a token that leaked would move its logits.
+    torch.testing.assert_close(logits_seen[2][0], logits[-new - 1], atol=1e-4, rtol=1e-4)
 
 
 def test_stop_strings_want_a_tokenizer():
@@ -232,6 +248,7 @@ def test_an_interrupt_leaves_the_model_clean_and_returns_what_there_is_on_reques
     for name, (sequence,) in result.branches.items():
         expected = whole.branches[name][0].token_ids.tolist()
         assert sequence.token_ids.tolist() == expected[: len(sequence.token_ids)]
+        assert sequence.text == str(sequence.token_ids.tolist())  # there is no tokenizer
     assert isinstance(result.realised["last"], GenNode)  # never begun, so it is still to be written
     assert not isinstance(result.realised["draft2"], GenNode)
     rest = generate(model, result.realised)

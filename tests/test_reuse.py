@@ -228,7 +228,8 @@ def test_warming(capsys):
     model, kept, prompt = shared_model("llama"), store(), fan(0)
     kept.warm(model, prompt.graph.nodes[:-1])
     assert "4/4" in capsys.readouterr().err
-    assert leattn.forward(model, prompt, kv_store=kept) is not None
+    logits = leattn.forward(model, prompt, kv_store=kept).logits[0]
+    torch.testing.assert_close(logits, sink_logits(model, prompt), atol=1e-4, rtol=1e-4)
     assert kept.stats.hits == 4
     kept.warm(model, prompt, progress=False)
     assert len(kept) == 5
