@@ -18,8 +18,8 @@ from benchmarks.measure import check_close, interleaved, peak_megabytes
 from benchmarks.row import Effort, Goal, Measured, Row
 from benchmarks.workloads import WORKLOADS, many_documents
 from leattn import CompiledPrompt
-from leattn.backends.batch import Batch, MaskRequest
-from leattn.backends.sparse import Plan, sparse_attention
+from leattn.attention.batch import Batch, MaskRequest
+from leattn.attention.sparse import Plan, sparse_attention
 
 HEADS, GROUPS, SIZE = 32, 8, 128
 MEMORY_HEADS, MEMORY_GROUPS = 4, 1

@@ -92,7 +92,7 @@ def measure_picture(documents: int, length: int, effort: Effort) -> Measured:
 
 def measure_import(effort: Effort) -> Measured:
     """Wall time of fresh interpreters: the work is another process's."""
-    codes = {"torch": "import torch", "leattn": "import leattn, leattn.compile, torch"}
+    codes = {"torch": "import torch", "leattn": "import leattn, leattn.prompt.compile, torch"}
     rivals = {name: partial(subprocess.run, [sys.executable, "-c", code], check=True) for name, code in codes.items()}
     times = interleaved(rivals, effort.rounds, clock=time.perf_counter)
     return Measured(times.medians(), {"leattn / torch": times.ratio("leattn", "torch")})

@@ -26,14 +26,14 @@ _HOMES = {
     "dag.segments": ["from_segments"],
     "dag.chat": ["from_chat"],
     "dag.paraphrase": ["paraphrase_group", "paraphrase_segments"],
-    "compile": ["CompiledPrompt", "compile_prompt"],
-    "backends.attend": ["attend"],
+    "prompt.compile": ["CompiledPrompt", "compile_prompt"],
+    "attention.attend": ["attend"],
     "check": ["check_model"],
     "kv.store": ["KVStore"],
     "generation.forward": ["forward"],
     "generation.generate": ["generate"],
     "generation.result": ["Generation"],
-    "legacy": [
+    "compat.le_attention": [
         "upstream_nodes",
         "print_dag",
         "build_attention_matrix",
@@ -43,7 +43,7 @@ _HOMES = {
     ],
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
-_MODULES = ("analysis", "interventions", "patterns", "tiny", "training", "viz")
+_MODULES = ("analysis", "compat", "interventions", "patterns", "tiny", "training", "viz")
 
 # Spelled out for type checkers; a test holds it equal to the table above.
 __all__ = [
@@ -65,6 +65,7 @@ __all__ = [
     "causal",
     "chain",
     "check_model",
+    "compat",
     "compile_prompt",
     "forward",
     "from_chat",
@@ -86,10 +87,17 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from leattn import analysis, interventions, patterns, tiny, training, viz
-    from leattn.backends.attend import attend
+    from leattn import analysis, compat, interventions, patterns, tiny, training, viz
+    from leattn.attention.attend import attend
     from leattn.check import check_model
-    from leattn.compile import CompiledPrompt, compile_prompt
+    from leattn.compat.le_attention import (
+        build_attention_matrix,
+        generate_flex_attention_mask_mod,
+        prepare_inputs,
+        print_dag,
+        upstream_nodes,
+        visualize_attention_matrix,
+    )
     from leattn.dag.builders import causal, chain, parallel
     from leattn.dag.chat import from_chat
     from leattn.dag.gennode import GenNode
@@ -102,14 +110,7 @@ if TYPE_CHECKING:
     from leattn.generation.generate import generate
     from leattn.generation.result import Generation
     from leattn.kv.store import KVStore
-    from leattn.legacy import (
-        build_attention_matrix,
-        generate_flex_attention_mask_mod,
-        prepare_inputs,
-        print_dag,
-        upstream_nodes,
-        visualize_attention_matrix,
-    )
+    from leattn.prompt.compile import CompiledPrompt, compile_prompt
 
 
 def __getattr__(name: str) -> Any:

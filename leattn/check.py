@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from leattn.backends import BACKENDS, hf
-from leattn.backends.check import refusal
-from leattn.backends.kinds import ModelFacts
+from leattn.attention import BACKENDS
+from leattn.attention.kinds import ModelFacts
+from leattn.attention.probe import refusal
 from leattn.errors import BackendError, choices
 from leattn.kv.certify import reuse_refusal, shift_refusal
+from leattn.model import hf
 
 
 @dataclass(frozen=True)

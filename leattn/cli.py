@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import leattn
-from leattn.compile import CompiledPrompt, compile_prompt
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode, bos
 from leattn.errors import LeattnError
+from leattn.prompt.compile import CompiledPrompt, compile_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

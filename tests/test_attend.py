@@ -60,7 +60,7 @@ def test_nothing_is_left_after_any_exit(family, backend, exception):
     model = shared_model(family)
     ids = torch.arange(2, 14)[None]
     before, state = plain_logits(model, ids), copy.deepcopy(traces(model))
-    backbone = leattn.backends.hf.backbone(model)
+    backbone = leattn.model.hf.backbone(model)
     if exception is None:
         with torch.no_grad():
             leattn.forward(model, fan(), backend=backend)

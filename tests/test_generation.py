@@ -52,7 +52,7 @@ def oracle(model, prompt, count):
     mask = prompt.dense_mask()
     ids, positions = prompt.input_ids, prompt.position_ids
     chosen, margins = [], []
-    window_of = leattn.backends.hf.window_of(model)
+    window_of = leattn.model.hf.window_of(model)
     for _ in range(count):
         total = ids.shape[1]
         grown = torch.zeros(total, total, dtype=torch.bool)

@@ -13,6 +13,7 @@ from test_attend import fan, traces
 
 import leattn
 from leattn import BackendError, LeattnError, compile_prompt
+from leattn.compat import from_atman, from_attend_first
 from leattn.interventions import (
     Freeze,
     Inject,
@@ -21,8 +22,6 @@ from leattn.interventions import (
     SkipAttention,
     Suppress,
     capture,
-    from_atman,
-    from_attend_first,
     intervene,
 )
 
@@ -336,7 +335,7 @@ def test_nothing_of_ours_is_left(family, exception):
     if exception is None:
         logits(model, prompt, operations)
     else:
-        deep = leattn.backends.hf.decoder_layers(leattn.backends.hf.backbone(model))[2]
+        deep = leattn.model.hf.decoder_layers(leattn.model.hf.backbone(model))[2]
         handle = deep.register_forward_hook(lambda *_: (_ for _ in ()).throw(exception()))
         with pytest.raises(exception):
             logits(model, prompt, operations)

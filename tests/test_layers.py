@@ -32,7 +32,7 @@ LAYERS = [
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 # The method belongs to the prompt, its knowledge to the backends.
-EXCEPTIONS = {("compile.py", "leattn.backends.inputs"), ("kv/store.py", "leattn.generation.fill")}
+EXCEPTIONS = {("compile.py", "leattn.attention.inputs"), ("kv/store.py", "leattn.generation.fill")}
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def imports_of(path, source=None):
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            # `from leattn import masks` and `from leattn.backends import hf` import modules, other names come from one.
+            # `from leattn import masks` and `from leattn.attention import hf` import modules, other names come from one.
             names = [f"{module}.{alias.name}" if is_module(f"{module}.{alias.name}") else module for alias in node.names]
             if module == "leattn":
                 names = [home(alias.name) for alias in node.names]
@@ -156,15 +156,15 @@ def test_one_file_touches_the_registries_of_transformers():
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("dag/node.py", "from leattn.compile import compile_prompt"),
-        ("dag/node.py", "def f():\n    import leattn.backends.hf"),
+        ("dag/node.py", "from leattn.prompt.compile import compile_prompt"),
+        ("dag/node.py", "def f():\n    import leattn.model.hf"),
         ("dag/node.py", "from leattn import masks"),
         ("masks.py", "from leattn import compile_prompt, generate"),
         ("masks.py", "def f():\n    from .generation import generate"),
         ("dag/node.py", "from ..compile import compile_prompt"),
         ("backends/hf.py", "if TYPE_CHECKING:\n    from leattn.generation.result import Generation"),
         ("viz/mask.py", "from leattn.generation.result import Generation"),
-        ("compile.py", "from leattn.backends.hf import read_facts"),
+        ("compile.py", "from leattn.model.hf import read_facts"),
     ],
 )
 def test_the_check_finds_what_it_is_for(file, source):

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 import leattn
 from leattn import ICLGraph, ICLNode, compile_prompt, masks
-from leattn.masks import MaskTable
+from leattn.prompt.masks import MaskTable
 
 LISTS = [
     (f"{part}{side}_num_blocks", f"{part}{side}_indices")

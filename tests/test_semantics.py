@@ -82,7 +82,9 @@ def test_changing_a_node_changes_nothing_where_it_is_not_reached(family, backend
     start, end = prompt.spans[changed]
     ids = prompt.input_ids.clone()
     ids[0, start:end] = (ids[0, start:end] + 17) % 100
-    other = leattn.compile._with_ids(prompt, ids) if hasattr(leattn.compile, "_with_ids") else _replace(prompt, ids)
+    other = (
+        leattn.prompt.compile._with_ids(prompt, ids) if hasattr(leattn.prompt.compile, "_with_ids") else _replace(prompt, ids)
+    )
     before, after = logits(model, prompt, backend), logits(model, other, backend)
     for node in graph.nodes:
         span = slice(*prompt.spans[node])

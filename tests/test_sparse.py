@@ -12,10 +12,10 @@ from strategies import VISIBILITIES, graphs
 
 import leattn
 from leattn import ICLNode, causal, chain, compile_prompt, parallel
-from leattn.backends.batch import Batch, MaskRequest
-from leattn.backends.plan import Group, Mixed, Stretch, plan_groups
-from leattn.backends.sparse import Plan, sparse_attention
-from leattn.visible import merge
+from leattn.attention.batch import Batch, MaskRequest
+from leattn.attention.plan import Group, Mixed, Stretch, plan_groups
+from leattn.attention.sparse import Plan, sparse_attention
+from leattn.prompt.visible import merge
 
 
 def request(rows, first, stop, window=None):
@@ -75,7 +75,7 @@ def test_windows(one, two, window, queries):
     prompts = [compile_prompt(ICLNode([1, 2], graph.sinks)) for graph in (one, two)]
     columns = max(len(prompt) for prompt in prompts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(leattn.backends.windows, "QUERIES", queries)  # a mask covers this many queries
+        patch.setattr(leattn.attention.windows, "QUERIES", queries)  # a mask covers this many queries
         check(prompts, beyond=3, repeats=2, window=window)
         check(prompts, first=columns, beyond=1, repeats=2, window=window)
         check(prompts, first=columns // 2, window=window)
@@ -125,13 +125,13 @@ def test_every_kind_of_group(shape):
 def test_short_stretches_go_side_by_side(monkeypatch):
     """30 siblings of 7 tokens: seven blocks of four under one mask, and one of the two that are left."""
     masks = []
-    original = leattn.backends.kernels.scaled_dot_product_attention
+    original = leattn.attention.kernels.scaled_dot_product_attention
 
     def counted(query, key, value, mask, **kwargs):
         masks.append((len(query), *(() if mask is None else mask.shape)))
         return original(query, key, value, mask, **kwargs)
 
-    monkeypatch.setattr(leattn.backends.kernels, "scaled_dot_product_attention", counted)
+    monkeypatch.setattr(leattn.attention.kernels, "scaled_dot_product_attention", counted)
     check([SHAPES["siblings"]])
     assert masks.count((7, 28, 33)) == masks.count((1, 14, 19)) == 2  # with gradients and without
     masks.clear()

@@ -172,13 +172,13 @@ def test_plain_text_is_one_causal_call(monkeypatch):
     """The path that costs nothing: one call per layer, of the whole prompt."""
     model, prompt = shared_model("llama"), compile_prompt(causal([[5, 6, 7], [8, 9], [10]]))
     calls = []
-    original = leattn.backends.kernels.scaled_dot_product_attention
+    original = leattn.attention.kernels.scaled_dot_product_attention
 
     def counted(query, *args, **kwargs):
         calls.append((query.shape[2], kwargs.get("is_causal", False)))
         return original(query, *args, **kwargs)
 
-    monkeypatch.setattr(leattn.backends.kernels, "scaled_dot_product_attention", counted)
+    monkeypatch.setattr(leattn.attention.kernels, "scaled_dot_product_attention", counted)
     with torch.no_grad():
         leattn.forward(model, prompt, backend="sparse", use_cache=False)
     assert calls == [(6, True)] * 3
@@ -189,8 +189,8 @@ def test_memory_grows_with_the_prompt_and_not_with_its_square():
     source = """
 import resource, torch
 from leattn import ICLNode, compile_prompt, parallel
-from leattn.backends.batch import Batch, MaskRequest
-from leattn.backends.sparse import Plan, sparse_attention
+from leattn.attention.batch import Batch, MaskRequest
+from leattn.attention.sparse import Plan, sparse_attention
 prompt = compile_prompt(ICLNode([1] * 64, parallel([[1] * 512] * 64)))
 size = len(prompt)
 query, key, value = (torch.randn(1, heads, size, 16) for heads in (4, 2, 2))

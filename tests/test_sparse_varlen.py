@@ -12,11 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import leattn
 from leattn import BackendError, ICLNode, attend, causal, compile_prompt, parallel
-from leattn.backends import varlen
-from leattn.backends.batch import Batch, MaskRequest
-from leattn.backends.plan import Stretch
-from leattn.backends.sparse import Plan
-from leattn.visible import merge
+from leattn.attention import varlen
+from leattn.attention.batch import Batch, MaskRequest
+from leattn.attention.plan import Stretch
+from leattn.attention.sparse import Plan
+from leattn.prompt.visible import merge
 
 CPU = torch.device("cpu")
 

@@ -18,8 +18,8 @@ from transformers import DynamicCache
 import leattn
 from leattn import BackendError, GraphError, ICLNode, LeattnError, compile_prompt
 from leattn.analysis import Trace, trace
-from leattn.backends import hf
 from leattn.interventions import Freeze, SkipAttention, Suppress, intervene
+from leattn.model import hf
 
 
 @pytest.fixture(autouse=True)

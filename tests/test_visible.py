@@ -13,7 +13,7 @@ from strategies import VISIBILITIES, graphs
 import leattn
 from leattn import ICLGraph, ICLNode, LeattnError
 from leattn.dag.node import Prefix
-from leattn.visible import Visible, merge, visible_relation
+from leattn.prompt.visible import Visible, merge, visible_relation
 
 RUNS = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)).map(sorted).map(tuple))
 

@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 from leattn.analysis.attribution_result import METHODS, Attribution, Importance, Method
 from leattn.analysis.targets import Target, one_backend, target_ids, target_logits, token_losses
-from leattn.backends import hf
-from leattn.compile import CompiledPrompt
 from leattn.dag.node import ICLNode
 from leattn.errors import LeattnError, choices
 from leattn.interventions.operation import Layers, checked_layers
 from leattn.interventions.scores import MODES, Mode, Suppress
+from leattn.model import hf
+from leattn.prompt.compile import CompiledPrompt
 
 
 def attribute(

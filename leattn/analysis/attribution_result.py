@@ -9,9 +9,9 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 
 from leattn.analysis.table import data_frame, html_table, text_table
-from leattn.compile import CompiledPrompt
 from leattn.errors import LeattnError, choices
 from leattn.interventions.scores import Mode
+from leattn.prompt.compile import CompiledPrompt
 
 Method: TypeAlias = Literal["suppress_nodes", "cut_nodes", "cut_edges", "suppress_tokens"]
 METHODS: tuple[Method, ...] = get_args(Method)

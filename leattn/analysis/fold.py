@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from leattn.masks import MaskTable
+from leattn.prompt.masks import MaskTable
 
 WHOLE = 512
 """Up to this many tokens, a side of a pair of nodes is kept token by token."""

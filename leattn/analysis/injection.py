@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from leattn.analysis.targets import Target, target_ids
-from leattn.compile import CompiledPrompt
 from leattn.errors import LeattnError
 from leattn.generation.forward import forward
 from leattn.interventions.hidden import Inject
 from leattn.interventions.intervene import Operation
 from leattn.interventions.operation import Layers
 from leattn.interventions.where import Where, tokens_at
+from leattn.prompt.compile import CompiledPrompt
 
 
 @dataclass(frozen=True, eq=False)

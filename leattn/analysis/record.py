@@ -12,8 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, TypeAlias
 
-from leattn.compile import CompiledPrompt
 from leattn.errors import LeattnError, LeattnWarning
+from leattn.prompt.compile import CompiledPrompt
 
 Key: TypeAlias = tuple[str, int | None, int | None, int | None, int]
 _KEY = ("operation", "layer", "source_layer", "seed", "first_prompt")

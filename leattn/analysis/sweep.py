@@ -15,13 +15,13 @@ from leattn.analysis.injection import Donor, Injection
 from leattn.analysis.record import Record, digest, model_digest, prompt_digest, spelled
 from leattn.analysis.sweep_result import UNTOUCHED, SweepResult, SweepRow
 from leattn.analysis.targets import Target, one_backend, target_ids, target_logits, token_losses
-from leattn.backends import hf
-from leattn.compile import CompiledPrompt
 from leattn.errors import LeattnError, choices
 from leattn.interventions.hidden import Freeze, RandomNoise, Shuffle, SkipAttention
 from leattn.interventions.intervene import Operation
 from leattn.interventions.operation import checked_layers
 from leattn.interventions.scores import Suppress
+from leattn.model import hf
+from leattn.prompt.compile import CompiledPrompt
 
 Maker: TypeAlias = Callable[[int, int], Sequence[Operation]]
 """``(layer, seed)`` → the operations of one run."""

@@ -8,11 +8,11 @@ from typing import Any, TypeAlias
 
 import torch
 
-from leattn.backends import hf
-from leattn.backends.attend import check_positions, check_tokens
-from leattn.compile import CompiledPrompt
+from leattn.attention.attend import check_positions, check_tokens
 from leattn.errors import BackendError, LeattnError
 from leattn.interventions.intervene import Operation, intervene
+from leattn.model import hf
+from leattn.prompt.compile import CompiledPrompt
 
 Target: TypeAlias = str | Iterable[int] | torch.Tensor
 """What is asked about: a text, or token ids."""

@@ -11,12 +11,12 @@ import torch
 
 from leattn.analysis.fold import Pair
 from leattn.analysis.watch import Tracer, watched, windows
-from leattn.backends import hf
-from leattn.compile import CompiledPrompt
 from leattn.dag.node import ICLNode
 from leattn.errors import BackendError, LeattnError
 from leattn.interventions import Operation
 from leattn.interventions.operation import Layers, checked_layers
+from leattn.model import hf
+from leattn.prompt.compile import CompiledPrompt
 
 NodePair: TypeAlias = tuple[ICLNode | str, ICLNode | str]
 TILE_BYTES = 64 << 20

@@ -10,13 +10,14 @@ from typing import Any, cast
 import torch
 
 from leattn.analysis.fold import Folded, Pair, Scores, fold
-from leattn.backends import BACKENDS, hf
-from leattn.backends.attend import prepare
-from leattn.backends.binding import Attention, Call, Wrapped, follow, innermost, running
-from leattn.backends.check import refusal
-from leattn.compile import CompiledPrompt
+from leattn.attention import BACKENDS
+from leattn.attention.attend import prepare
+from leattn.attention.block import Attention, Call, Wrapped, follow, innermost, running
+from leattn.attention.probe import refusal
 from leattn.errors import BackendError
 from leattn.interventions import Operation, Suppress, intervene
+from leattn.model import hf
+from leattn.prompt.compile import CompiledPrompt
 
 
 @dataclass(eq=False)

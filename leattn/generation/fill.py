@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from leattn.backends import hf
-from leattn.backends.arena import Arena
-from leattn.backends.attend import check_positions
-from leattn.backends.binding import innermost
-from leattn.compile import CompiledPrompt, compile_prompt
+from leattn.attention.attend import check_positions
+from leattn.attention.block import innermost
 from leattn.generation.program import build
 from leattn.generation.workspace import Feed, Workspace, workspace
 from leattn.kv.store import KVStore
-from leattn.positions import Positions
-from leattn.visible import Visibility
+from leattn.model import hf
+from leattn.model.cache import Arena
+from leattn.prompt.compile import CompiledPrompt, compile_prompt
+from leattn.prompt.positions import Positions
+from leattn.prompt.visible import Visibility
 
 
 def is_intervened(model: Any) -> bool:

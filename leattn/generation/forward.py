@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from leattn.backends import hf
-from leattn.backends.attend import attend, check_positions
-from leattn.backends.batch import MaskMode
-from leattn.compile import CompiledPrompt
+from leattn.attention.attend import attend, check_positions
+from leattn.attention.batch import MaskMode
 from leattn.errors import LeattnError
 from leattn.generation.fill import is_intervened
 from leattn.generation.program import build
 from leattn.generation.workspace import workspace
 from leattn.kv.store import KVStore
+from leattn.model import hf
+from leattn.prompt.compile import CompiledPrompt
 
 NOT_WITH_A_STORE = (
     "past_key_values",

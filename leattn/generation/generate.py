@@ -7,7 +7,6 @@ from typing import Any, TypeAlias, overload
 
 from transformers import PreTrainedTokenizerBase
 
-from leattn.compile import CompiledPrompt, as_graph, compile_prompt
 from leattn.dag.gennode import GenNode
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode
@@ -17,8 +16,9 @@ from leattn.generation.result import Generation
 from leattn.generation.sink import continue_sinks
 from leattn.generation.together import OnInterrupt, ProgramOptions, write_together
 from leattn.kv.store import KVStore
-from leattn.positions import Positions
-from leattn.visible import Visibility
+from leattn.prompt.compile import CompiledPrompt, as_graph, compile_prompt
+from leattn.prompt.positions import Positions
+from leattn.prompt.visible import Visibility
 
 Target: TypeAlias = CompiledPrompt | ICLGraph | ICLNode
 OURS = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids")

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from leattn.compile import CompiledPrompt
 from leattn.dag.gennode import GenNode
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode
 from leattn.dag.tokens import tokenize_all
 from leattn.errors import LeattnError, choices
-from leattn.positions import SCHEMES, Positions
-from leattn.visible import Run, Visibility, Visible, merge, visible_relation
+from leattn.prompt.compile import CompiledPrompt
+from leattn.prompt.positions import SCHEMES, Positions
+from leattn.prompt.visible import Run, Visibility, Visible, merge, visible_relation
 
 
 @dataclass(frozen=True)

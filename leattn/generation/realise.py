@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from leattn.compile import CompiledPrompt
 from leattn.dag.gennode import GenNode, copied
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode
+from leattn.prompt.compile import CompiledPrompt
 
 
 def continued_graph(prompt: CompiledPrompt, written: Mapping[str, Sequence[int]]) -> ICLGraph:

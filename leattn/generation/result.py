@@ -9,11 +9,11 @@ from html import escape
 
 import torch
 
-from leattn.compile import CompiledPrompt
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode
 from leattn.errors import GraphError, LeattnError
 from leattn.generation.realise import continued_graph, written_graph
+from leattn.prompt.compile import CompiledPrompt
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from leattn.backends import hf
-from leattn.backends.attend import attend, check_positions
-from leattn.backends.binding import Attention
-from leattn.compile import CompiledPrompt
+from leattn.attention.attend import attend, check_positions
+from leattn.attention.block import Attention
 from leattn.errors import LeattnError
 from leattn.generation.branch import cut_at_stop, decoder
 from leattn.generation.fill import fill, is_intervened
 from leattn.generation.result import Generation, Stats
 from leattn.generation.result import Sequence as Continuation
 from leattn.kv.store import KVStore
+from leattn.model import hf
+from leattn.prompt.compile import CompiledPrompt
 
 
 def continue_sinks(

@@ -10,9 +10,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from tqdm.auto import tqdm
 
-from leattn.backends import hf
-from leattn.backends.attend import check_last_position
-from leattn.compile import CompiledPrompt
+from leattn.attention.attend import check_last_position
 from leattn.dag.graph import ICLGraph
 from leattn.errors import LeattnError, choices
 from leattn.generation.branch import decoder
@@ -23,8 +21,10 @@ from leattn.generation.run import Run
 from leattn.generation.sampling import Sampling, Streamer
 from leattn.generation.workspace import workspace
 from leattn.kv.store import KVStore
-from leattn.positions import Positions
-from leattn.visible import Visibility
+from leattn.model import hf
+from leattn.prompt.compile import CompiledPrompt
+from leattn.prompt.positions import Positions
+from leattn.prompt.visible import Visibility
 
 OnInterrupt: TypeAlias = Literal["raise", "return"]
 

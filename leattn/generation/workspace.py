@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from leattn.backends import hf
-from leattn.backends.arena import Arena
-from leattn.backends.attend import check_token, choose
-from leattn.backends.binding import Attention, follow, innermost
-from leattn.backends.tape import Tape
+from leattn.attention.attend import check_token, choose
+from leattn.attention.block import Attention, follow, innermost
+from leattn.attention.tape import Tape
 from leattn.errors import BackendError
 from leattn.generation.program import Program
 from leattn.kv.node import NodeKV
 from leattn.kv.reuse import Reuse
 from leattn.kv.store import KVStore
+from leattn.model import hf
+from leattn.model.cache import Arena
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Operations on a model while it runs a prompt: exact, composable, undone when their block ends."""
 
-from leattn.interventions.classic import from_atman, from_attend_first
 from leattn.interventions.hidden import Freeze, Inject, RandomNoise, Shuffle, SkipAttention, States, capture
 from leattn.interventions.intervene import Operation, intervene
 from leattn.interventions.scores import Suppress
@@ -15,7 +14,5 @@ __all__ = [
     "States",
     "Suppress",
     "capture",
-    "from_atman",
-    "from_attend_first",
     "intervene",
 ]

@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import torch
 
-from leattn.backends.batch import Batch
-from leattn.compile import CompiledPrompt
+from leattn.attention.batch import Batch
 from leattn.errors import LeattnError, choices
 from leattn.generation.forward import forward
 from leattn.interventions.operation import Layers, Selection, State, checked_layers, checked_rows
 from leattn.interventions.where import Place, Where, tokens_at
+from leattn.prompt.compile import CompiledPrompt
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ from typing import Any, TypeAlias
 
 import torch
 
-from leattn.backends import hf
-from leattn.backends.attend import prepare
-from leattn.backends.batch import MaskMode
-from leattn.backends.binding import Attention, follow, innermost, running
-from leattn.compile import CompiledPrompt
+from leattn.attention.attend import prepare
+from leattn.attention.batch import MaskMode
+from leattn.attention.block import Attention, follow, innermost, running
 from leattn.errors import BackendError, LeattnError
 from leattn.interventions.hidden import Freeze, Inject, RandomNoise, Shuffle, SkipAttention
 from leattn.interventions.operation import Editor, State
 from leattn.interventions.scores import Suppress, Suppression
+from leattn.model import hf
+from leattn.prompt.compile import CompiledPrompt
 
 Operation: TypeAlias = Freeze | RandomNoise | Shuffle | SkipAttention | Inject | Suppress
 

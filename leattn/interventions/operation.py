@@ -8,10 +8,10 @@ from typing import Protocol, TypeAlias
 
 import torch
 
-from leattn.backends.batch import Batch
-from leattn.compile import CompiledPrompt
+from leattn.attention.batch import Batch
 from leattn.errors import LeattnError
 from leattn.interventions.where import Where, all_but_the_last, as_mask, tokens_at
+from leattn.prompt.compile import CompiledPrompt
 
 Layers: TypeAlias = int | Collection[int]
 

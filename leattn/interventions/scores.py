@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
-from leattn.backends.batch import Batch
-from leattn.backends.binding import Call
+from leattn.attention.batch import Batch
+from leattn.attention.block import Call
 from leattn.errors import BackendError, LeattnError, choices
 from leattn.interventions.operation import Layers, Selection, checked_layers, checked_rows
 from leattn.interventions.where import Where, tokens_at

@@ -7,9 +7,9 @@ from typing import TypeAlias, cast
 
 import torch
 
-from leattn.compile import CompiledPrompt
 from leattn.dag.node import ICLNode
 from leattn.errors import LeattnError
+from leattn.prompt.compile import CompiledPrompt
 
 Place: TypeAlias = ICLNode | str | int | tuple[int, int] | range
 Where: TypeAlias = Place | Iterable[Place]

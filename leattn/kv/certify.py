@@ -12,16 +12,16 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import DynamicCache
 
-from leattn.backends import hf
-from leattn.backends.attend import prepare
-from leattn.backends.binding import follow
-from leattn.backends.check import probing
-from leattn.backends.kinds import ModelFacts
-from leattn.compile import CompiledPrompt, compile_prompt
+from leattn.attention.attend import prepare
+from leattn.attention.block import follow
+from leattn.attention.kinds import ModelFacts
+from leattn.attention.probe import probing
 from leattn.dag.node import ICLNode
 from leattn.errors import BackendError, LeattnWarning
 from leattn.kv.node import NodeKV, node_kv
-from leattn.kv.turns import Turn, possible_turns
+from leattn.model import hf
+from leattn.model.turns import Turn, possible_turns
+from leattn.prompt.compile import CompiledPrompt, compile_prompt
 
 Turns = tuple[tuple[Turn | None, Turn | None], ...]
 """For every layer, how its keys and its values turn; None where position is not in them."""

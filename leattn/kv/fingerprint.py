@@ -11,8 +11,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from leattn.backends import hf
 from leattn.errors import BackendError
+from leattn.model import hf
 
 FORMAT = b"leattn-kv-1"
 """Changes with everything that makes old keys mean something else."""

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from leattn.errors import LeattnError
 
 if TYPE_CHECKING:
-    from leattn.compile import CompiledPrompt
+    from leattn.prompt.compile import CompiledPrompt
 
 KEY_BYTES = 32
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from leattn.backends import hf
 from leattn.errors import BackendError, LeattnError
 from leattn.kv.certify import reuse_refusal, shift_refusal
 from leattn.kv.fingerprint import fingerprint
@@ -15,6 +14,7 @@ from leattn.kv.keys import node_key
 from leattn.kv.node import NodeKV, node_kv
 from leattn.kv.rotary import shifted
 from leattn.kv.store import KVStore
+from leattn.model import hf
 
 
 class Reuse:

@@ -9,7 +9,7 @@ import torch
 
 from leattn.kv.certify import turns_of
 from leattn.kv.node import NodeKV
-from leattn.kv.turns import Angle, Angles, Turn
+from leattn.model.turns import Angle, Angles, Turn
 
 
 def shifted(model: Any, kv: NodeKV, start: int) -> NodeKV:

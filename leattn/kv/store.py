@@ -21,11 +21,11 @@ from leattn.kv.node import NodeKV
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from leattn.compile import CompiledPrompt
     from leattn.dag.graph import ICLGraph
     from leattn.dag.node import ICLNode
-    from leattn.positions import Positions
-    from leattn.visible import Visibility
+    from leattn.prompt.compile import CompiledPrompt
+    from leattn.prompt.positions import Positions
+    from leattn.prompt.visible import Visibility
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from leattn.compile import compile_prompt
 from leattn.dag.gennode import GenNode
 from leattn.dag.graph import ICLGraph
 from leattn.errors import LeattnError, choices
@@ -19,8 +18,9 @@ from leattn.kv.store import KVStore
 from leattn.patterns.drafts import sampled, texts_of
 from leattn.patterns.prefill import prefill
 from leattn.patterns.table import html_table
-from leattn.positions import Positions
-from leattn.visible import Visibility
+from leattn.prompt.compile import compile_prompt
+from leattn.prompt.positions import Positions
+from leattn.prompt.visible import Visibility
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 from tqdm.auto import tqdm
 
-from leattn.backends import hf
-from leattn.backends.attend import check_last_position
-from leattn.compile import CompiledPrompt, compile_prompt
+from leattn.attention.attend import check_last_position
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode
 from leattn.errors import LeattnError, choices
@@ -23,10 +21,12 @@ from leattn.generation.result import Generation, Sequence, Stats
 from leattn.generation.sampling import Sampling, branch_seed
 from leattn.generation.workspace import Feed, Workspace, workspace
 from leattn.kv.store import KVStore
+from leattn.model import hf
 from leattn.patterns.prefill import prefill
 from leattn.patterns.table import html_table
-from leattn.positions import Positions
-from leattn.visible import Visibility
+from leattn.prompt.compile import CompiledPrompt, compile_prompt
+from leattn.prompt.positions import Positions
+from leattn.prompt.visible import Visibility
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from leattn.compile import CompiledPrompt, compile_prompt
+from leattn.prompt.compile import CompiledPrompt, compile_prompt
 from leattn.tiny.curriculum import PHASES, Lesson, lesson
 from leattn.training import Collator, Example
 

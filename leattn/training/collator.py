@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import get_worker_info
 
-from leattn.backends import hf
-from leattn.backends.inputs import input_form
+from leattn.attention.inputs import input_form
 from leattn.errors import BackendError, LeattnError
+from leattn.model import hf
 from leattn.training.example import Example
 from leattn.training.loss import IGNORED
 

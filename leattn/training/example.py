@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
-from leattn.compile import CompiledPrompt, compile_prompt
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode
 from leattn.errors import LeattnError
-from leattn.positions import Positions
-from leattn.visible import Visibility
+from leattn.prompt.compile import CompiledPrompt, compile_prompt
+from leattn.prompt.positions import Positions
+from leattn.prompt.visible import Visibility
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from leattn.analysis.trace import Trace
-    from leattn.compile import CompiledPrompt
+    from leattn.prompt.compile import CompiledPrompt
 
 ANNOTATED = 14
 """Up to this many nodes, every cell says its value."""

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from leattn.compile import CompiledPrompt, as_graph
 from leattn.dag.gennode import GenNode, mark
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode, Prefix
+from leattn.prompt.compile import CompiledPrompt, as_graph
 from leattn.viz.boxes import FONT, HEIGHT, Boxes
 from leattn.viz.layers import Layout, lay_out
 from leattn.viz.style import INK, FloatArray, drawable, new_axes, node_colours, save, size_inches, text_width

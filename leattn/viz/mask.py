@@ -13,7 +13,7 @@ from matplotlib.path import Path as Outline
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from leattn.errors import LeattnError, choices
-from leattn.masks import block_counts
+from leattn.prompt.masks import block_counts
 from leattn.viz.brackets import Brackets
 from leattn.viz.style import (
     FAINT,
@@ -33,8 +33,8 @@ from leattn.viz.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from leattn.compile import CompiledPrompt
-    from leattn.visible import Visible
+    from leattn.prompt.compile import CompiledPrompt
+    from leattn.prompt.visible import Visible
 
 STAIRS = 64
 """Up to this many tokens, single tokens show: as a grid, and as steps on the diagonal."""
@@ -144,7 +144,7 @@ def rectangles(visible: Visible, shade: npt.NDArray[np.int64], *, limit: int | N
 
     Examples
     --------
-    >>> from leattn.visible import Visible
+    >>> from leattn.prompt.visible import Visible
     >>> rectangles(Visible(((), (), ((0, 2),), ((0, 2),))), np.array([0, 0, 1, 1]))
     [Rectangle(rows=(2, 4), columns=(0, 2))]
     """

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from leattn.analysis.trace import Trace
-    from leattn.compile import CompiledPrompt
     from leattn.dag.node import ICLNode
+    from leattn.prompt.compile import CompiledPrompt
 
 NAMED = 48
 """Up to this many tokens on a side, each is written out."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from leattn.backends.plan import Mixed, Step, Stretch, plan_groups
+from leattn.attention.plan import Mixed, Step, Stretch, plan_groups
 
 QUERIES = 256
 """Queries that one mask covers at most: fewer of them reach back to fewer keys, and masks stay small."""

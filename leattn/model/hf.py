@@ -13,8 +13,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface, PreTrainedModel
 
-from leattn.backends.batch import MaskRequest
-from leattn.backends.kinds import ModelFacts
+from leattn.attention.batch import MaskRequest
+from leattn.attention.kinds import ModelFacts
 from leattn.errors import BackendError
 
 MaskFunction = Callable[..., Any]

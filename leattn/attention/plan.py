@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from leattn.visible import Run, Visible, merge
+from leattn.prompt.visible import Run, Visible, merge
 
 
 @dataclass(frozen=True)

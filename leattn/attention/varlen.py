@@ -20,10 +20,10 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from leattn.backends.kernels import needs_gradient
-from leattn.backends.plan import Stretch, size
+from leattn.attention.kernels import needs_gradient
+from leattn.attention.plan import Stretch, size
 from leattn.errors import BackendError
-from leattn.visible import Run
+from leattn.prompt.visible import Run
 
 GATHERED = 1 << 16
 """Keys that one call may gather, or one sequence's: what many stretches see adds up to more than there are keys."""

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from leattn.backends import hf
-from leattn.backends.batch import Batch
-from leattn.compile import CompiledPrompt
+from leattn.attention.batch import Batch
 from leattn.errors import BackendError
+from leattn.model import hf
+from leattn.prompt.compile import CompiledPrompt
 
 if TYPE_CHECKING:
-    from leattn.backends.binding import Attention
+    from leattn.attention.block import Attention
 
 
 def by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

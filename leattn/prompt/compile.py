@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from leattn import masks
 from leattn.dag.gennode import GenNode
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode
 from leattn.dag.tokens import tokenize_all
 from leattn.errors import CompileError, GraphError, LeattnError
-from leattn.positions import Positions, start_positions
-from leattn.text import prompt_html, prompt_text
-from leattn.visible import Visibility, Visible, visible_relation
+from leattn.prompt import masks
+from leattn.prompt.positions import Positions, start_positions
+from leattn.prompt.text import prompt_html, prompt_text
+from leattn.prompt.visible import Visibility, Visible, visible_relation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -132,7 +132,7 @@ class CompiledPrompt:
             The model, or its implementation, cannot follow a graph.
         """
         # The one import of a higher layer: the method belongs to the prompt, its knowledge to the backends.
-        from leattn.backends.inputs import model_inputs
+        from leattn.attention.inputs import model_inputs
 
         return model_inputs(model, self)
 

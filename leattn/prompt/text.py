@@ -6,7 +6,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from leattn.compile import CompiledPrompt
+    from leattn.prompt.compile import CompiledPrompt
 
 MAX_NODES = 48
 """Prompts with more nodes show their first and last few, and no blocks."""

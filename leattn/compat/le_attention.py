@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from leattn.compile import CompiledPrompt, compile_prompt
 from leattn.dag.draw import draw
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode
 from leattn.errors import LeattnError
-from leattn.masks import MaskMod
+from leattn.prompt.compile import CompiledPrompt, compile_prompt
+from leattn.prompt.masks import MaskMod
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from leattn.backends import varlen
-from leattn.backends.batch import Batch, MaskRequest
-from leattn.backends.kernels import Kernel
-from leattn.backends.kinds import ModelFacts
-from leattn.backends.plan import Mixed, Step, Stretch, plan_groups
-from leattn.backends.windows import windowed_steps
+from leattn.attention import varlen
+from leattn.attention.batch import Batch, MaskRequest
+from leattn.attention.kernels import Kernel
+from leattn.attention.kinds import ModelFacts
+from leattn.attention.plan import Mixed, Step, Stretch, plan_groups
+from leattn.attention.windows import windowed_steps
 from leattn.errors import BackendError
 
 TEMPORARY = 4 << 20

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from leattn.backends import BACKENDS, hf
-from leattn.backends.attend import check_positions, check_tokens, choose
-from leattn.backends.batch import Batch, MaskRequest
-from leattn.backends.kinds import Backend, ModelFacts
-from leattn.compile import CompiledPrompt
+from leattn.attention import BACKENDS
+from leattn.attention.attend import check_positions, check_tokens, choose
+from leattn.attention.batch import Batch, MaskRequest
+from leattn.attention.kinds import Backend, ModelFacts
 from leattn.errors import BackendError
+from leattn.model import hf
+from leattn.prompt.compile import CompiledPrompt
 
 
 @dataclass(frozen=True)

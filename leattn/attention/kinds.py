@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from leattn.backends.batch import Batch, MaskRequest
+from leattn.attention.batch import Batch, MaskRequest
 
 
 @dataclass(frozen=True)

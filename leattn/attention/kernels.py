@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from leattn.backends.plan import Group
+from leattn.attention.plan import Group
 
 SHORT = 64
 """Keys seen whole up to which each stretch of a group gets a copy of them; more are computed apart and merged."""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode
 from leattn.errors import CompileError, LeattnError, LeattnWarning, choices
-from leattn.visible import Visible
+from leattn.prompt.visible import Visible
 
 Starts: TypeAlias = Sequence[int] | Mapping[ICLNode, int]
 Positions: TypeAlias = Literal["after_parents", "sequential", "restart"] | Callable[[ICLGraph, dict[ICLNode, int]], Starts]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from leattn.backends.batch import Batch, MaskRequest
-from leattn.backends.kinds import ModelFacts
+from leattn.attention.batch import Batch, MaskRequest
+from leattn.attention.kinds import ModelFacts
 
 
 class Sdpa:

@@ -11,13 +11,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from leattn.backends import hf
-from leattn.backends.batch import Batch
-from leattn.backends.binding import Attention, NotAsked, follow
-from leattn.backends.kinds import Backend, ModelFacts
-from leattn.backends.sparse import NoPlan
-from leattn.compile import CompiledPrompt, compile_prompt
+from leattn.attention.batch import Batch
+from leattn.attention.block import Attention, NotAsked, follow
+from leattn.attention.kinds import Backend, ModelFacts
+from leattn.attention.sparse import NoPlan
 from leattn.dag.node import ICLNode
+from leattn.model import hf
+from leattn.prompt.compile import CompiledPrompt, compile_prompt
 
 
 def static_refusal(facts: ModelFacts) -> str | None:

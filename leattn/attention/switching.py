@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from leattn.backends import hf
 from leattn.errors import BackendError
+from leattn.model import hf
 
 if TYPE_CHECKING:
-    from leattn.backends.binding import Attention
+    from leattn.attention.block import Attention
 
 
 @dataclass

@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 import torch
 
-from leattn.backends import BACKENDS, hf
-from leattn.backends.batch import Batch, MaskMode
-from leattn.backends.binding import Attention, follow, implementation_elsewhere, innermost, trains_otherwise
-from leattn.backends.check import refusal
-from leattn.backends.kinds import Backend, ModelFacts
-from leattn.compile import CompiledPrompt
+from leattn.attention import BACKENDS
+from leattn.attention.batch import Batch, MaskMode
+from leattn.attention.block import Attention, follow, implementation_elsewhere, innermost, trains_otherwise
+from leattn.attention.kinds import Backend, ModelFacts
+from leattn.attention.probe import refusal
 from leattn.errors import BackendError, LeattnError, LeattnWarning, choices
+from leattn.model import hf
+from leattn.prompt.compile import CompiledPrompt
 
 
 @contextmanager

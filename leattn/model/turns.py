@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from leattn.backends import hf
+from leattn.model import hf
 
 Angles = tuple[torch.Tensor, torch.Tensor]
 

@@ -10,10 +10,10 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from leattn.backends.batch import Batch, MaskRequest
-from leattn.backends.plan import Stretch
-from leattn.masks import MaskTable, packed_rows
-from leattn.visible import Run, Visible, merge
+from leattn.attention.batch import Batch, MaskRequest
+from leattn.attention.plan import Stretch
+from leattn.prompt.masks import MaskTable, packed_rows
+from leattn.prompt.visible import Run, Visible, merge
 
 
 class Tape(Batch):

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from leattn.visible import Visible
+from leattn.prompt.visible import Visible
 
 MaskMod: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 IntArray: TypeAlias = npt.NDArray[np.int64]

@@ -12,11 +12,11 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from leattn import masks
-from leattn.backends.plan import Stretch, clipped, prompt_stretches
-from leattn.compile import CompiledPrompt
+from leattn.attention.plan import Stretch, clipped, prompt_stretches
 from leattn.errors import BackendError, LeattnError, choices
-from leattn.masks import MaskTable, additive
+from leattn.prompt import masks
+from leattn.prompt.compile import CompiledPrompt
+from leattn.prompt.masks import MaskTable, additive
 
 MaskMode: TypeAlias = Literal["combine", "replace"]
 

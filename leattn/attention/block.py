@@ -16,11 +16,12 @@ from weakref import ref
 
 import torch
 
-from leattn.backends import BACKENDS, hf, switching
-from leattn.backends.batch import Batch, MaskRequest
-from leattn.backends.call import by_name, prepared_call
-from leattn.backends.kinds import Backend, ModelFacts
+from leattn.attention import BACKENDS, switching
+from leattn.attention.batch import Batch, MaskRequest
+from leattn.attention.call import by_name, prepared_call
+from leattn.attention.kinds import Backend, ModelFacts
 from leattn.errors import BackendError
+from leattn.model import hf
 
 
 class NotAsked(BackendError):

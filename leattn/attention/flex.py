@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from leattn import masks
-from leattn.backends.batch import Batch, MaskRequest
-from leattn.backends.kinds import ModelFacts
+from leattn.attention.batch import Batch, MaskRequest
+from leattn.attention.kinds import ModelFacts
 from leattn.errors import BackendError
+from leattn.prompt import masks
 
 BLOCK = 128
 

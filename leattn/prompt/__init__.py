@@ -1,0 +1,1 @@
+"""From a graph to columns: order, positions, who sees whom, and masks."""
