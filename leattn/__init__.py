@@ -30,7 +30,8 @@ _HOMES = {
     "attention.attend": ["attend"],
     "check": ["check_model"],
     "kv.store": ["KVStore"],
-    "generation.forward": ["forward"],
+    "attention.inputs": ["model_inputs"],
+    "generation.forward": ["forward", "warm"],
     "generation.generate": ["generate"],
     "generation.result": ["Generation"],
     "compat.le_attention": [
@@ -73,6 +74,7 @@ __all__ = [
     "generate",
     "generate_flex_attention_mask_mod",
     "interventions",
+    "model_inputs",
     "parallel",
     "paraphrase_group",
     "paraphrase_segments",
@@ -84,11 +86,13 @@ __all__ = [
     "upstream_nodes",
     "visualize_attention_matrix",
     "viz",
+    "warm",
 ]
 
 if TYPE_CHECKING:
     from leattn import analysis, compat, interventions, patterns, tiny, training, viz
     from leattn.attention.attend import attend
+    from leattn.attention.inputs import model_inputs
     from leattn.check import check_model
     from leattn.compat.le_attention import (
         build_attention_matrix,
@@ -106,7 +110,7 @@ if TYPE_CHECKING:
     from leattn.dag.paraphrase import paraphrase_group, paraphrase_segments
     from leattn.dag.segments import from_segments
     from leattn.errors import BackendError, CompileError, GraphError, LeattnError, LeattnWarning
-    from leattn.generation.forward import forward
+    from leattn.generation.forward import forward, warm
     from leattn.generation.generate import generate
     from leattn.generation.result import Generation
     from leattn.kv.store import KVStore

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from leattn.attention import BACKENDS
-from leattn.attention.kinds import ModelFacts
-from leattn.attention.probe import refusal
+from leattn.attention.backends import BACKENDS
+from leattn.attention.probe import route
 from leattn.errors import BackendError, choices
-from leattn.kv.certify import reuse_refusal, shift_refusal
-from leattn.model import hf
+from leattn.kv.certify import Certificate, certificate
+from leattn.model.facts import Facts
+from leattn.model.record import Model
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class ModelReport:
     """What :func:`leattn.check_model` found. Prints as a table."""
 
     model: str
-    facts: ModelFacts
+    implementation: str
+    facts: Facts
     capabilities: tuple[Capability, ...]
 
     def __getitem__(self, name: str) -> Capability:
@@ -44,7 +45,7 @@ class ModelReport:
 
     def __str__(self) -> str:
         width = max(len(capability.name) for capability in self.capabilities)
-        lines = [f"{self.model} (loaded with {self.facts.implementation})"]
+        lines = [f"{self.model} (loaded with {self.implementation})"]
         for capability in self.capabilities:
             reason = f"  {capability.reason}" if capability.reason else ""
             lines.append(f"  {capability.name:<{width}}  {'yes' if capability.works else 'no '}{reason}".rstrip())
@@ -73,33 +74,36 @@ def check_model(model: Any) -> ModelReport:
     >>> leattn.check_model(model)["sdpa"].works
     True
     """
-    facts = hf.read_facts(model)
+    record = Model.of(model)
+    facts = record.facts
     found = []
     for backend in BACKENDS.values():
-        reason = refusal(model, backend)
+        reason, _ = route(model, record, backend)
         found.append(Capability(backend.name, reason is None, reason or ""))
     works = any(capability.works for capability in found)
     why = "" if works else found[0].reason
     found.append(Capability("generate", works and hasattr(model, "generate"), why))
-    for name, ask in (("reuse", reuse_refusal), ("shifted reuse", shift_refusal)):
-        reason = ask(model) if works else why
+    certified = certificate(model) if works else Certificate(why, why)
+    for name, reason in (
+        ("reuse", certified.reuse),
+        ("shifted reuse", certified.shift),
+        ("skip attention", _skip_refusal(record)),
+    ):
+        reason = reason if works else why
         found.append(Capability(name, reason is None, reason or ""))
-    reason = _skip_refusal(model) if works else why
-    found.append(Capability("skip attention", reason is None, reason or ""))
     if facts.windowed:
         found.append(Capability("windows", works, "measured in positions, with a full-length cache" if works else why))
     if facts.rope_limit is not None:
         found.append(Capability("positions", works, f"below {facts.rope_limit}: past it rotary angles depend on the length"))
     elif facts.position_limit is not None:
         found.append(Capability("positions", works, f"below {facts.position_limit}, the size of the position table"))
-    return ModelReport(f"{type(model).__name__} ({facts.family})", facts, tuple(found))
+    return ModelReport(f"{type(model).__name__} ({facts.family})", record.implementation, facts, tuple(found))
 
 
-def _skip_refusal(model: Any) -> str | None:
+def _skip_refusal(record: Model) -> str | None:
     """Why attention cannot be left out of a layer, or None: it must be one module of its own."""
     try:
-        for layer in hf.decoder_layers(hf.backbone(model)):
-            hf.attention_of(layer)
+        _ = record.attentions
     except BackendError as error:
         return str(error)
     return None

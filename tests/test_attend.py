@@ -60,7 +60,7 @@ def test_nothing_is_left_after_any_exit(family, backend, exception):
     model = shared_model(family)
     ids = torch.arange(2, 14)[None]
     before, state = plain_logits(model, ids), copy.deepcopy(traces(model))
-    backbone = leattn.model.hf.backbone(model)
+    backbone = model.get_decoder()
     if exception is None:
         with torch.no_grad():
             leattn.forward(model, fan(), backend=backend)
@@ -104,7 +104,7 @@ def test_the_models_own_forward_follows_the_graph_inside_the_block_only():
         inside = model(prompt.input_ids).logits
         backbone = model.model(prompt.input_ids).last_hidden_state
     with torch.no_grad():
-        reference = model(**prompt.inputs(model)).logits
+        reference = model(**leattn.model_inputs(model, prompt)).logits
     torch.testing.assert_close(inside, reference)
     torch.testing.assert_close(model.lm_head(backbone), reference)
     assert not torch.allclose(inside, plain)
@@ -116,7 +116,7 @@ def test_inputs_run_the_graph_without_attend(family, backend):
     """The masks for loops of one's own, a dict where layers differ."""
     model = make_model(family, "flex_attention" if backend == "flex" else backend)
     prompt = fan(length=6)
-    inputs = prompt.inputs(model)
+    inputs = leattn.model_inputs(model, prompt)
     assert isinstance(inputs["attention_mask"], dict) == (family in ("gemma2", "gemma3_text", "qwen2"))
     with torch.no_grad():
         own = model(**inputs, use_cache=False).logits
@@ -128,7 +128,7 @@ def test_inputs_refuse_an_implementation_without_settable_masks():
     model = make_model("llama")
     model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(BackendError, match=r"masks of 'flash_attention_2' cannot be set; call model.set_attn_implementation"):
-        fan().inputs(model)
+        leattn.model_inputs(model, fan())
 
 
 def test_a_flash_model_is_moved_under_auto_and_refused_by_name():

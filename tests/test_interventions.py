@@ -335,7 +335,7 @@ def test_nothing_of_ours_is_left(family, exception):
     if exception is None:
         logits(model, prompt, operations)
     else:
-        deep = leattn.model.hf.decoder_layers(leattn.model.hf.backbone(model))[2]
+        deep = model.model.layers[2]
         handle = deep.register_forward_hook(lambda *_: (_ for _ in ()).throw(exception()))
         with pytest.raises(exception):
             logits(model, prompt, operations)

@@ -139,7 +139,7 @@ def test_only_the_last_tokens_and_other_predecessors():
     assert Example(prompt, "both", predicted_from={"both": "doc"}).targets(prompt) == [(2, 10), (5, 11), (6, 12)]
     assert Example(prompt, "both", predicted_from={"both": None}).targets(prompt) == [(5, 11), (6, 12)]
     assert Example(prompt, ["doc", {"other": other}["other"]]).targets(prompt) == [(0, 6), (1, 7), (3, 9)]
-    logits = model(**prompt.inputs(model)).logits[0]
+    logits = model(**leattn.model_inputs(model, prompt)).logits[0]
     batch = Collator(model)([Example(prompt, "both", predicted_from={"both": "doc"})])
     expected = torch.nn.functional.cross_entropy(logits[[2, 5, 6]], torch.tensor([10, 11, 12]))
     torch.testing.assert_close(loss_of(model, batch), expected)

@@ -15,7 +15,7 @@ from leattn.dag.node import ICLNode
 from leattn.errors import LeattnError, choices
 from leattn.interventions.operation import Layers, checked_layers
 from leattn.interventions.scores import MODES, Mode, Suppress
-from leattn.model import hf
+from leattn.model.record import Model
 from leattn.prompt.compile import CompiledPrompt
 
 
@@ -104,7 +104,7 @@ def attribute(
     (ids,) = target_ids(model, [prompt], [target])
     candidates = _candidates(prompt, nodes)
     chosen_edges = _edges(prompt, candidates, edges) if "cut_edges" in chosen else []
-    count = len(hf.decoder_layers(hf.backbone(model)))
+    count = len(Model.of(model).layers)
     numbers = None if layers is None else tuple(sorted(checked_layers("attribute", layers, count)))
     suppress = Suppress(0, factor, mode=mode, layers=numbers)
     name = one_backend(model, prompt, [suppress] if any(m.startswith("suppress") for m in chosen) else [], backend)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from leattn.prompt.masks import MaskTable
+from leattn.prompt.columns import Columns
 
 WHOLE = 512
 """Up to this many tokens, a side of a pair of nodes is kept token by token."""
@@ -87,7 +87,7 @@ class Folded:
 def fold(
     scores: Scores,
     offsets: Sequence[int],
-    table: MaskTable,
+    prompt_columns: Columns,
     *,
     window: int | None,
     pairs: Sequence[Pair] = (),
@@ -102,17 +102,17 @@ def fold(
         Of one layer, on the device where everything is computed.
     offsets
         Node i holds the tokens ``offsets[i]`` to ``offsets[i + 1]``.
-    table
+    prompt_columns
         Who sees whom, on the same device; one prompt without padding.
     window
         Of the layer, in positions.
     mask
-        What the backend ran with, ``[S, S]``, boolean or additive: compared with the table's.
+        What the backend ran with, ``[S, S]``, boolean or additive: compared with theirs.
 
     Raises
     ------
     ValueError
-        The backend's mask is another one than the table's.
+        The backend's mask is another one than theirs.
     """
     heads, length, _ = scores.query.shape
     device, nodes = scores.query.device, len(offsets) - 1
@@ -131,7 +131,7 @@ def fold(
         stop = min(start + step, length)
         queries = torch.arange(start, stop, device=device)
         # The layout is topological: nobody sees a later token.
-        visible = table.rows(queries, stop, window=window)[0]
+        visible = prompt_columns.dense(range(start, stop), stop, window)[0].to(device)
         if mask is not None and not _same(mask[start:stop], visible):
             raise ValueError("the backend's mask is not the graph's")
         columns = visible.any(0).nonzero()[:, 0]

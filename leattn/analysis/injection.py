@@ -12,8 +12,7 @@ from leattn.analysis.targets import Target, target_ids
 from leattn.errors import LeattnError
 from leattn.generation.forward import forward
 from leattn.interventions.hidden import Inject
-from leattn.interventions.intervene import Operation
-from leattn.interventions.operation import Layers
+from leattn.interventions.operation import Layers, Operation
 from leattn.interventions.where import Where, tokens_at
 from leattn.prompt.compile import CompiledPrompt
 

@@ -17,10 +17,9 @@ from leattn.analysis.sweep_result import UNTOUCHED, SweepResult, SweepRow
 from leattn.analysis.targets import Target, one_backend, target_ids, target_logits, token_losses
 from leattn.errors import LeattnError, choices
 from leattn.interventions.hidden import Freeze, RandomNoise, Shuffle, SkipAttention
-from leattn.interventions.intervene import Operation
-from leattn.interventions.operation import checked_layers
+from leattn.interventions.operation import Operation, checked_layers
 from leattn.interventions.scores import Suppress
-from leattn.model import hf
+from leattn.model.record import Model
 from leattn.prompt.compile import CompiledPrompt
 
 Maker: TypeAlias = Callable[[int, int], Sequence[Operation]]
@@ -98,7 +97,7 @@ def sweep(
         raise LeattnError(choices("metric", metric, ("accuracy", "loss")) + ", or give a function")
     if batch_size < 1 or not seeds:
         raise LeattnError(f"batch_size is {batch_size} and there are {len(seeds)} seeds; give 1 or more of both")
-    count = len(hf.decoder_layers(hf.backbone(model)))
+    count = len(Model.of(model).layers)
     numbers = tuple(range(count)) if layers is None else tuple(dict.fromkeys(layers))
     checked_layers("sweep", numbers, count)
     makers = _makers(operations, count)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 
-from leattn.attention.attend import check_positions, check_tokens
 from leattn.errors import BackendError, LeattnError
-from leattn.interventions.intervene import Operation, intervene
-from leattn.model import hf
+from leattn.interventions.intervene import intervene
+from leattn.interventions.operation import Operation
+from leattn.model.record import Model
 from leattn.prompt.compile import CompiledPrompt
 
 Target: TypeAlias = str | Iterable[int] | torch.Tensor
@@ -47,9 +46,9 @@ def target_ids(model: Any, prompts: Sequence[CompiledPrompt], targets: Sequence[
     if model.training:
         raise LeattnError("the model is in training mode, where dropout would make every loss a draw; call model.eval() first")
     continued = [prompt.continued(target) for prompt, target in zip(prompts, targets, strict=True)]
-    facts = hf.read_facts(model)
-    check_tokens(continued, facts)
-    check_positions(continued, facts)
+    limits = Model.of(model).limits
+    limits.check_tokens(continued)
+    limits.check_positions(continued)
     return [tuple(whole.input_ids[0, len(prompt) :].tolist()) for whole, prompt in zip(continued, prompts, strict=True)]
 
 
@@ -73,10 +72,9 @@ def target_logits(
         after = ids.new_zeros(len(prompts), longest)  # padding behind a shorter target: nothing sees it
         for row, target in enumerate(targets):
             after[row, : len(target)] = torch.tensor(target)
-        fewer = "logits_to_keep" in inspect.signature(model.forward).parameters
-        options = {"logits_to_keep": longest + 1} if fewer else {}
-        logits = model(input_ids=torch.cat([ids, after], 1), use_cache=False, **options).logits
-    logits = logits[:, -longest - 1 : -1].float()  # [P, T, V]
+        whole = torch.cat([ids, after], 1)
+        rows = range(ids.shape[1] - 1, whole.shape[1] - 1)
+        logits = attention.record.run(model, whole, rows, use_cache=False).logits.float()  # [P, T, V]
     return [logits[row, : len(target)] for row, target in enumerate(targets)]
 
 

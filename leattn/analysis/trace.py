@@ -10,12 +10,12 @@ from typing import Any, TypeAlias, cast
 import torch
 
 from leattn.analysis.fold import Pair
-from leattn.analysis.watch import Tracer, watched, windows
+from leattn.analysis.watch import Tracer, watched
 from leattn.dag.node import ICLNode
 from leattn.errors import BackendError, LeattnError
 from leattn.interventions import Operation
 from leattn.interventions.operation import Layers, checked_layers
-from leattn.model import hf
+from leattn.model.record import Model
 from leattn.prompt.compile import CompiledPrompt
 
 NodePair: TypeAlias = tuple[ICLNode | str, ICLNode | str]
@@ -152,20 +152,19 @@ def trace(
         raise LeattnError(f"trace looks at one compiled prompt, not at {type(prompt).__name__}; call it for each prompt")
     if isinstance(tile_bytes, bool) or not isinstance(tile_bytes, int) or tile_bytes < 1:
         raise LeattnError(f"tile_bytes is a number of bytes of at least 1, not {tile_bytes!r}; leave it out for {TILE_BYTES}")
-    base = hf.backbone(model)
+    record = Model.of(model)
+    base = record.base
     kept = sorted(checked_layers("trace", layers, base.config.num_hidden_layers))
     if not kept:
         raise LeattnError("layers=[] keeps nothing; leave it out for all layers")
     pairs = _pairs(prompt, tokens)
-    tracer = Tracer(prompt, frozenset(kept), list(pairs.values()), windows(model), tile_bytes)
-    with torch.no_grad(), watched(model, prompt, operations, backend, tracer) as attention:
+    tracer = Tracer(prompt, frozenset(kept), list(pairs.values()), record.windows, tile_bytes)
+    with torch.no_grad(), watched(model, record, prompt, operations, backend, tracer) as attention:
         # Not the model itself: logits of a long prompt over a large vocabulary are the largest tensor of all.
-        attention.base(**attention.inputs, use_cache=False)
+        base(**attention.inputs, use_cache=False)
     missing = [layer for layer in kept if layer not in tracer.folded or layer not in tracer.hidden]
     if missing:
-        raise BackendError(
-            f"layers {missing} of {attention.facts.family} ran no attention that trace could see; leave them out"
-        )
+        raise BackendError(f"layers {missing} of {record.facts.family} ran no attention that trace could see; leave them out")
 
     def stacked(by_layer: Mapping[int, torch.Tensor]) -> torch.Tensor:
         return torch.stack([by_layer[layer].float().cpu() for layer in kept])

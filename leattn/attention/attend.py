@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from leattn.attention import BACKENDS
-from leattn.attention.batch import Batch, MaskMode
-from leattn.attention.block import Attention, follow, implementation_elsewhere, innermost, trains_otherwise
-from leattn.attention.kinds import Backend, ModelFacts
-from leattn.attention.probe import refusal
-from leattn.errors import BackendError, LeattnError, LeattnWarning, choices
-from leattn.model import hf
+from leattn.attention.backends import automatic, named
+from leattn.attention.block import Block, follow, innermost
+from leattn.attention.probe import route
+from leattn.attention.request import Backend, MaskMode, Need, UserMask, lacks
+from leattn.errors import BackendError, LeattnError
+from leattn.model.record import Model
+from leattn.prompt.columns import Columns
 from leattn.prompt.compile import CompiledPrompt
 
 
@@ -24,22 +23,24 @@ def attend(
     model: Any,
     prompts: CompiledPrompt | Sequence[CompiledPrompt],
     *,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     mask: torch.Tensor | None = None,
     mask_mode: MaskMode = "combine",
-) -> Iterator[Attention]:
+) -> Iterator[Block]:
     """Make the model's own ``forward`` and ``generate`` follow the graph, inside the block and nowhere else.
 
     Parameters
     ----------
     model
-        A transformers model, as it is. Nothing of it is edited; hooks and the implementation are restored at the end.
+        A transformers model, as it is. Nothing of it is edited; hooks, the implementation and transformers' registries are
+        restored at the end.
     prompts
         A compiled prompt, or several as one batch, padded on the left.
     backend
-        ``"eager"``, ``"sdpa"``, ``"flex"``, ``"sparse"``, or ``"auto"``: sparse where it serves the model and what it is called
-        with, otherwise the model's current implementation, and sdpa or eager for a model loaded with one whose masks cannot
-        be set (flash, paged). Plain text stays on the current one. ``attention.backend`` is what was chosen.
+        ``"eager"``, ``"sdpa"``, ``"flex"``, ``"sparse"``, ``"varlen"`` (CUDA), a :class:`Backend` of one's own, or ``"auto"``:
+        decided once per forward, with everything that it is called with in hand, sparse where it serves, otherwise the model's
+        current implementation, and sdpa or eager for a model loaded with one whose masks cannot be set (flash, paged). Plain
+        text stays on the current one. ``attention.backend`` is what was chosen.
     mask
         A 4D mask of one's own, ``[1 or P, 1 or H, ≥ S, ≥ S]``: boolean (True may attend) or additive with maximum 0. Generated
         tokens inherit its last row, and its columns past the last are open.
@@ -49,7 +50,7 @@ def attend(
 
     Yields
     ------
-    Attention
+    Block
         ``**attention.inputs`` is what the model wants to be called with.
 
     Raises
@@ -68,8 +69,8 @@ def attend(
     >>> logits.shape[1] == len(prompt)
     True
     """
-    attention = prepare(model, prompts, backend=backend, mask=mask, mask_mode=mask_mode)
-    around = innermost(attention.base)
+    attention = prepare(model, Model.of(model), prompts, backend=backend, mask=mask, mask_mode=mask_mode)
+    around = innermost(attention.record)
     enter = follow if around is None or around.reenter is None else around.reenter
     with enter(attention):
         yield attention
@@ -77,116 +78,71 @@ def attend(
 
 def prepare(
     model: Any,
+    record: Model,
     prompts: CompiledPrompt | Sequence[CompiledPrompt],
     *,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     mask: torch.Tensor | None = None,
     mask_mode: MaskMode = "combine",
-    scores: bool = False,
-) -> Attention:
-    """Check that model, backend and prompts go together; the block to follow, before anything is touched.
-
-    ``scores`` says that the caller will change attention scores, which only a dense mask carries.
-    """
-    given = [prompts] if isinstance(prompts, CompiledPrompt) else list(prompts)
-    for prompt in given:
+) -> Block:
+    """Check that model, backend and prompts go together; the block to follow, before anything is touched."""
+    several = [prompts] if isinstance(prompts, CompiledPrompt) else list(prompts)
+    for prompt in several:
         if not isinstance(prompt, CompiledPrompt):
             raise LeattnError(f"attend follows compiled prompts, not {type(prompt).__name__}; call leattn.compile_prompt first")
-    if not given:
+    if not several:
         raise LeattnError("there is no prompt to attend to; give one or more compiled prompts")
-    base, facts = hf.backbone(model), hf.read_facts(model)
-    check_tokens(given, facts)
-    check_positions(given, facts)
-    batch = Batch(given, facts.device, mask=mask, mask_mode=mask_mode)
-    if backend != "auto":
-        return Attention(base, batch, choose(model, facts, backend), facts)
-    dense = scores or mask is not None
-    around = innermost(base)
-    if around is None:
-        order = _order(base, facts, sparse="never" if dense else "last" if batch.is_plain else "first")
-        chosen = _first_that_serves(model, order)
-        others = tuple(other for other in order if other is not chosen and other.refusal(facts) is None)
-    else:
-        chosen, others = around.backend, around.alternatives
-        if dense and chosen.name == "sparse" and others:
-            chosen = others[0]
-    return Attention(base, batch, chosen, facts, alternatives=() if dense else others)
+    record.limits.check_tokens(several)
+    record.limits.check_positions(several)
+    columns = Columns.of_prompts(several, record.device)
+    user = None if mask is None else UserMask(mask, mask_mode, columns)
+    return block_for(model, record, columns, backend, user=user)
 
 
-def check_tokens(prompts: Sequence[CompiledPrompt], facts: ModelFacts) -> None:
-    """Refuse token ids that the model has no embedding for."""
-    for prompt in prompts:
-        node = prompt.graph.nodes[int(prompt.node_index[int(prompt.input_ids[0].argmax())])]
-        check_token(int(prompt.input_ids.max()), prompt.graph.name(node), facts)
+def block_for(model: Any, record: Model, columns: Columns, backend: str | Backend, *, user: UserMask | None = None) -> Block:
+    """The block that follows these columns.
 
-
-def check_token(largest: int, node: str, facts: ModelFacts) -> None:
-    """Refuse the largest token id of a node if the model has no embedding for it."""
-    if largest >= facts.vocabulary:
-        raise BackendError(
-            f"node {node!r} holds token id {largest}, but the model has {facts.vocabulary} embeddings: "
-            "tokenizer and model do not belong together, or model.resize_token_embeddings was not called"
-        )
-
-
-def check_positions(prompts: Sequence[CompiledPrompt], facts: ModelFacts, *, new_tokens: int = 0) -> None:
-    """Refuse positions past a learned table or a length-dependent RoPE's limit; warn past what RoPE was trained for."""
-    for prompt in prompts:
-        last = max(int(prompt.position_ids.max()), int(prompt.position_ids[0, -1]) + new_tokens)
-        which = f"the last position is {last}" + (f" with {new_tokens} new tokens" if new_tokens else "")
-        check_last_position(last, which, facts)
-
-
-def check_last_position(last: int, which: str, facts: ModelFacts) -> None:
-    """The same for the last position of whatever ``which`` says."""
-    if facts.position_limit is not None and last >= facts.position_limit:
-        raise BackendError(
-            f"{which}, but {facts.family} has a table of {facts.position_limit} positions; "
-            "use fewer or shorter nodes, or let siblings share positions (positions='after_parents')"
-        )
-    if facts.rope_limit is not None and last >= facts.rope_limit:
-        raise BackendError(
-            f"{which}, but past {facts.rope_limit} this model's rotary angles depend on the length of the whole input, so "
-            "unrelated nodes would change each other; keep positions below it, or load the model without that RoPE scaling"
-        )
-    if facts.trained_length is not None and last >= facts.trained_length:
-        warnings.warn(f"{which}; {facts.family} was trained for {facts.trained_length}", LeattnWarning, stacklevel=5)
-
-
-def choose(model: Any, facts: ModelFacts, name: str) -> Backend:
-    """The backend by name, after making sure that it can serve the model."""
-    if name == "auto":
-        return _first_that_serves(model, _order(hf.backbone(model), facts, sparse="first"))
-    if name not in BACKENDS:
-        raise BackendError(choices("backend", name, ["auto", *BACKENDS]))
-    backend = BACKENDS[name]
-    reason = refusal(model, backend)
-    if reason is not None:
-        raise BackendError(f"backend {name!r} cannot run this model: {reason}")
-    return backend
-
-
-def _order(base: Any, facts: ModelFacts, *, sparse: Literal["first", "last", "never"]) -> list[Backend]:
-    """What ``"auto"`` tries: the current implementation, then sdpa before eager, and sparse in the place that it is given.
-
-    A model that another thread is using keeps the implementation that it is running on.
+    Raises
+    ------
+    BackendError
+        No backend, or not the one that was named, can run the model with this mask of the user's.
     """
-    order = [BACKENDS[name] for name in ("sdpa", "eager", "flex")]
-    order.sort(key=lambda backend: backend.implementation != facts.implementation)
-    if sparse != "never" and not trains_otherwise(base):
-        order.insert(0 if sparse == "first" else len(order), BACKENDS["sparse"])
-    elsewhere = implementation_elsewhere(base)
-    if elsewhere is not None:
-        order.sort(key=lambda backend: backend.implementation != elsewhere)
-    return order
+    needs: set[Need] = set() if user is None else {"mask"} if user.is_boolean else {"mask", "additive mask"}
+    is_auto = isinstance(backend, str) and backend == "auto"
+    order = automatic(record, plain=columns.is_plain and user is None) if is_auto else [named(backend)]
+    checkpoints = record.checkpoints
+    if checkpoints:
+        order = _that_outlive_the_block(record, order)
 
+    def serves(other: Backend) -> bool:
+        return route(model, record, other) == (None, False)
 
-def _first_that_serves(model: Any, order: Sequence[Backend]) -> Backend:
-    reasons = []
-    for backend in order:
-        reason = refusal(model, backend)
+    reasons: list[str] = []
+    for one in order:
+        if not needs <= set(one.carries):
+            lacking = lacks(one, needs)
+            if not is_auto:
+                raise BackendError(lacking)
+            continue
+        reason, native = route(model, record, one)
         if reason is None:
-            return backend
-        if backend.name != "sparse":
+            native = native or checkpoints
+            backends = [one] if native or not is_auto else [one, *(other for other in order if other is not one)]
+            return Block(record, columns, backends, serves, native=native, needs=frozenset(needs), user=user)
+        if not is_auto:
+            raise BackendError(f"backend {one.name!r} cannot run this model: {reason}")
+        if one.implementation is not None:
             reasons.append(reason)
     raise BackendError(f"{type(model).__name__} cannot follow a graph: {reasons[0]}")
+
+
+def _that_outlive_the_block(record: Model, order: Sequence[Backend]) -> list[Backend]:
+    """Gradient checkpointing runs the layers again in backward, on what the model has outside of any block."""
+    same = [backend for backend in order if backend.implementation == record.implementation]
+    if not same:
+        raise BackendError(
+            "gradient checkpointing runs the layers again in backward, when this block may have ended and the model is back "
+            f"on {record.implementation!r}, which {order[0].name!r} does not run on; name a backend that does, or call "
+            "model.set_attn_implementation first"
+        )
+    return same

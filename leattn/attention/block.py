@@ -1,83 +1,148 @@
-"""What happens to a model while it follows a graph: which forward follows which prompts, and what transformers is answered.
+"""A block: what a model follows while ``with attend(...)`` is open, and how its forward passes find it.
 
-A pre-hook on the model's backbone fills in positions and remembers, in a ``ContextVar``, which prompts this very forward
-follows; transformers then asks our mask function (backends/hf.py), which answers from the prompts. Contexts are per thread, so
-two graphs can run on one model at once; a thread that knows of no prompt raises. What all threads share is in switching.py.
+A pre-hook on the model's backbone finds the block that a call belongs to, fills in positions, decides which backend computes
+this forward, and remembers the block in a ``ContextVar``; transformers then asks our mask function (model/registry.py), which
+answers with that backend's attention. Contexts are per thread, so two graphs, or two backends, can run on one model at once; a
+thread that knows of no block raises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 from weakref import ref
 
 import torch
 
-from leattn.attention import BACKENDS, switching
-from leattn.attention.batch import Batch, MaskRequest
-from leattn.attention.call import by_name, prepared_call
-from leattn.attention.kinds import Backend, ModelFacts
+from leattn.attention.call import by_name, hides_tokens, prepared_call
+from leattn.attention.request import Backend, LayerAttention, Need, Request, UserMask, lacks
 from leattn.errors import BackendError
-from leattn.model import hf
+from leattn.model import registry
+from leattn.model.record import Model
+from leattn.prompt.columns import Columns
 
 
-class NotAsked(BackendError):
-    """A forward ended without any mask having been asked for."""
+class InUse(BackendError):
+    """Another thread has the model in an implementation of its own."""
 
 
 @dataclass(eq=False, repr=False)
-class Attention:
+class Block:
     """What ``with attend(...) as attention`` gives: the prompts as the model is to be called with them.
 
-    ``attention.inputs`` are the keyword arguments for the model: ``input_ids``, ``attention_mask`` and ``position_ids``,
-    ``[P, S]`` each, padded on the left where there are several prompts. ``forwards`` and ``computed`` count the model's
-    forward passes in the block, and the tokens they computed (padding and every beam's row included).
+    ``attention.inputs`` are the keyword arguments for the model. ``attention.backend`` is what computes its attention, decided
+    once per forward. ``forwards`` and ``computed`` count the model's forward passes in the block, and the tokens that they
+    computed (padding and every beam's row included).
 
-    ``wrapped``, ``operations`` and ``reenter`` belong to interventions: what is around each layer's attention, what was asked
-    for, and how a block inside this one is entered so that it is asked for there too. ``alternatives`` are the other backends
-    that ``"auto"`` may move to, best first.
+    Attributes
+    ----------
+    backends
+        Those that may serve, best first: one where the user named it.
+    serves
+        Whether the model can run a backend in this block; asked of those that a forward needs.
+    native
+        The model keeps an implementation of transformers, and gets masks in its form.
+    needs
+        What every forward of the block asks of its backend.
+    wrapped, operations, reenter
+        Of interventions: what is around each layer's attention, what was asked for, and how a block inside this one is entered
+        so that it is asked for there too.
+    queries
+        The columns of the running forward's tokens.
     """
 
-    base: Any
-    batch: Batch
-    backend: Backend
-    facts: ModelFacts
+    record: Model
+    columns: Columns
+    backends: Sequence[Backend]
+    serves: Callable[[Backend], bool] = lambda _: True
+    native: bool = False
+    needs: frozenset[Need] = frozenset()
+    user: UserMask | None = None
     wrapped: Wrapped | None = None
     operations: tuple[Any, ...] = ()
-    reenter: Callable[[Attention], AbstractContextManager[Attention]] | None = None
+    reenter: Callable[[Block], AbstractContextManager[Block]] | None = None
     forwards: int = 0
     computed: int = 0
-    columns: range = range(0)
+    queries: range = range(0)
+    padding_hides: bool = False
     masks_asked: int = 0
-    made_ahead: Any = None
-    alternatives: tuple[Backend, ...] = ()
-    cache: Callable[[], Any] = lambda: None
+    kept: dict[Any, Any] = field(default_factory=dict)
+    _cache: Callable[[], Any] = lambda: None
+
+    def __post_init__(self) -> None:
+        self.backend = self.backends[0]
 
     def __repr__(self) -> str:
-        return f"Attention({len(self.batch.prompts)} prompts, backend {self.backend.name!r}, {self.forwards} forwards so far)"
+        return f"Block({len(self.columns.rows)} prompts, backend {self.backend.name!r}, {self.forwards} forwards so far)"
 
     @property
     def implementation(self) -> str:
-        """The name of transformers' attention implementation while the block is open."""
-        return self.backend.implementation if self.wrapped is None else hf.WRAPPED
+        """The name of the model's attention implementation while the block is open."""
+        return str(self.backends[0].implementation) if self.native else registry.OURS
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
+        """``input_ids``, ``attention_mask`` and ``position_ids``, ``[P, S]`` each, padded on the left."""
+        columns = self.columns
         return {
-            "input_ids": self.batch.input_ids,
-            "attention_mask": self.batch.attention_mask,
-            "position_ids": self.batch.position_ids,
+            "input_ids": columns.input_ids,
+            "attention_mask": columns.attention_mask,
+            "position_ids": columns.position_ids,
         }
+
+    def decide(self, needs: frozenset[Need]) -> Backend:
+        """The backend for a forward that asks for this.
+
+        Raises
+        ------
+        BackendError
+            None that carries it.
+        """
+        carrying = [backend for backend in self.backends if needs <= set(backend.carries)]
+        if not carrying:
+            raise BackendError(lacks(self.backends[0], needs))
+        if len(self.backends) == 1:
+            return carrying[0]
+        served = next((backend for backend in carrying if self.serves(backend)), None)
+        if served is None:
+            raise BackendError(
+                f"this call needs {carrying[0].name!r}, which runs {self.record.facts.family} in blocks of its own only; name "
+                "it as backend="
+            )
+        return served
+
+    def wrap(self, wrapped: Wrapped, *needs: Need) -> None:
+        """Put something around the attention of every layer, which asks this of the backend.
+
+        Raises
+        ------
+        BackendError
+            A model that keeps transformers' implementation, or no backend that carries it.
+        """
+        if self.native:
+            raise BackendError(
+                f"this goes through transformers' attention interface, which {self.record.facts.family} does not use, or not "
+                "under another implementation's name; the weights of a short prompt: leattn.forward(model, prompt, "
+                "backend='eager', output_attentions=True).attentions"
+            )
+        self.wrapped, self.needs = wrapped, self.needs.union(needs)
+        self.backend = self.decide(self.needs)
+
+    def forget(self, cache: Any) -> None:
+        """What a backend kept belongs to one cache, and to a prompt that does not run again."""
+        if self._cache() is not cache or self.queries.start < self.columns.width:
+            self.kept.clear()
+        self._cache = (lambda: None) if cache is None else ref(cache)
 
 
 @dataclass(frozen=True)
 class Call:
     """One call of a layer's attention: query ``[B, H, Q, D]``, key and value ``[B, G, K, D]``, mask as the backend takes it."""
 
-    attention: Attention
+    block: Block
     layer: int
     query: torch.Tensor
     key: torch.Tensor
@@ -87,9 +152,9 @@ class Call:
     softcap: float | None
 
     @property
-    def columns(self) -> range:
-        """Columns of the batch that the queries stand in; the keys are all columns from 0."""
-        return self.attention.columns
+    def queries(self) -> range:
+        """Columns that the queries stand in; the keys are all columns from 0."""
+        return self.block.queries
 
 
 class Wrapped(Protocol):
@@ -102,138 +167,170 @@ class Wrapped(Protocol):
         """Look at what was computed with."""
 
 
-_attentions: ContextVar[tuple[Attention, ...]] = ContextVar("leattn_attentions", default=())
+@dataclass(frozen=True)
+class Around:
+    """A backend's attention with something before and after it."""
+
+    block: Block
+    inner: Any
+
+    def __call__(
+        self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        wrapped, scaling, mask = self.block.wrapped, kwargs.get("scaling"), getattr(self.inner, "mask", None)
+        assert wrapped is not None
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        layer: Any = module.layer_idx
+        call = Call(self.block, layer, query, key, value, mask, scaling, kwargs.get("softcap"))
+        changed = wrapped.before(call)
+        inner = self.inner if changed is mask else replace(self.inner, mask=changed)
+        output: tuple[torch.Tensor, torch.Tensor | None] = inner(module, query, key, value, **kwargs)
+        wrapped.after(call)
+        return output
+
+
+_blocks: ContextVar[tuple[Block, ...]] = ContextVar("leattn_blocks", default=())
 """The blocks around the current code, outermost first."""
-_forwards: ContextVar[tuple[Attention, ...]] = ContextVar("leattn_forwards", default=())
-"""The forward passes around the current code, each with the block it follows."""
+_forwards: ContextVar[tuple[Block, ...]] = ContextVar("leattn_forwards", default=())
+"""The forward passes around the current code, each as the block that it follows."""
 
 
 @contextmanager
-def follow(attention: Attention) -> Iterator[Attention]:
-    """The block itself, without any check of whether the model can do it."""
-    theirs = [backend.implementation for backend in BACKENDS.values() if backend.function is None]
-    ours = {backend.implementation: backend.function for backend in BACKENDS.values() if backend.function is not None}
-    hf.install(theirs, _answer, {hf.WRAPPED: _attention, **ours})
-    outer, active = _attentions.get(), _forwards.get()
-    switching.bind(attention, outer, _before, _after)
+def follow(block: Block) -> Iterator[Block]:
+    """Open a block, without any check of whether the model can do it."""
+    outer, active = _blocks.get(), _forwards.get()
+    _open(block, outer)
     try:
-        _attentions.set((*outer, attention))
-        yield attention
+        _blocks.set((*outer, block))
+        yield block
     finally:
-        _attentions.set(outer)
+        _blocks.set(outer)
         _forwards.set(active)
-        switching.unbind(attention, outer)
+        _close(block)
 
 
-def innermost(base: Any) -> Attention | None:
+def innermost(record: Model) -> Block | None:
     """The innermost block around the current code that is about this model."""
-    return next((attention for attention in reversed(_attentions.get()) if attention.base is base), None)
+    return next((block for block in reversed(_blocks.get()) if block.record is record), None)
 
 
-def running(base: Any) -> Attention | None:
+def running(record: Model) -> Block | None:
     """The block that the model's current forward follows, or None outside of a forward."""
-    return next((attention for attention in reversed(_forwards.get()) if attention.base is base), None)
+    return next((block for block in reversed(_forwards.get()) if block.record is record), None)
 
 
-def implementation_elsewhere(base: Any) -> str | None:
-    """What the model runs on if another thread is following a graph on it, else None."""
-    return switching.elsewhere(base, _attentions.get())
+def _open(block: Block, outer: tuple[Block, ...]) -> None:
+    """The first block on a model hooks its backbone; each sets the implementation that it runs on."""
+    record, name = block.record, block.implementation
+    with record.lock:
+        others = [other for other in record.blocks if other not in outer]
+        if any(other.implementation != name for other in others):
+            raise InUse(
+                f"another thread is using this model on {others[-1].implementation!r}, and this block needs {name!r}: "
+                f"{record.facts.family}, or training with gradient checkpointing, runs on one implementation at a time"
+            )
+        first = not record.blocks
+        if first:
+            hooks = (_before, {"with_kwargs": True, "prepend": True}), (_after, {"always_call": True})
+            record.originals = record.implementations()
+            base = record.base
+            record.handles = (
+                base.register_forward_pre_hook(hooks[0][0], **hooks[0][1]),
+                base.register_forward_hook(hooks[1][0], **hooks[1][1]),
+            )
+        registry.acquire(name, _answer)
+        record.blocks.append(block)
+        try:
+            record.switch(name)
+        except BaseException:
+            _close(block)
+            raise
 
 
-def trains_otherwise(base: Any) -> bool:
-    """Whether the model is in training with what needs transformers' own attention: dropout, gradient checkpointing."""
-    if not base.training:
-        return False
-    drops = (value for name, value in base.config.to_dict().items() if "drop" in name)
-    return getattr(base, "is_gradient_checkpointing", False) or any(isinstance(value, float) and value > 0 for value in drops)
+def _close(block: Block) -> None:
+    """Go back to what the block before ran on; the last one leaves the model as it was."""
+    record = block.record
+    with record.lock:
+        record.blocks.remove(block)
+        registry.release(block.implementation)
+        if record.blocks:
+            record.switch(record.blocks[-1].implementation)
+            return
+        for handle in record.handles:
+            handle.remove()
+        record.restore(record.originals)
+        record.handles, record.originals = (), []
 
 
 def _before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Before the backbone runs: find the block this call belongs to, check its input and fill in positions."""
-    attention = innermost(module)
-    if attention is None:
+    """Before the backbone runs: find the block this call belongs to, check its input, fill in positions, choose a backend."""
+    block = next((block for block in reversed(_blocks.get()) if block.record.base is module), None)
+    if block is None:
         raise BackendError(
             "this model is following a graph in another thread or context, and this call belongs to none; it would run plain "
             "causal. Use leattn.generate, or open `with leattn.attend(...)` in this thread too"
         )
-    given = by_name(module, args, kwargs)
-    attention.masks_asked = 0
-    if attention.backend.name == "sparse":
-        _check_sparse(attention, given)
-    prepared = prepared_call(attention, given)
-    if attention.cache() is not prepared.get("past_key_values"):
-        attention.batch.kept.clear()
-        attention.cache = _reference(prepared.get("past_key_values"))
-    attention.forwards += 1
-    _forwards.set((*(other for other in _forwards.get() if other.base is not module), attention))
+    record = block.record
+    if module.config._attn_implementation != block.implementation:
+        raise BackendError(
+            f"the model was switched to {module.config._attn_implementation!r} inside attend; leave the block first"
+        )
+    if record.checkpoints and not block.native:
+        raise BackendError(
+            "gradient checkpointing runs the layers again in backward, when this block may have ended; switch it on before the "
+            "block begins"
+        )
+    call = by_name(module, args, kwargs)
+    wants_weights = call.get("output_attentions")
+    needs = set(block.needs)
+    if module.config.output_attentions if wants_weights is None else wants_weights:
+        needs.add("weights")
+    if record.drops:
+        needs.add("dropout")
+    prepared, block.queries = prepared_call(record, block.columns, call)
+    tokens = len(prepared["attention_mask"]) * len(block.queries)
+    block.padding_hides = hides_tokens(block.columns, prepared["attention_mask"])
+    if block.padding_hides:
+        needs.add("padding")
+    block.backend = block.decide(frozenset(needs))
+    block.forget(prepared.get("past_key_values"))
+    block.masks_asked = 0
+    block.forwards += 1
+    block.computed += tokens
+    _forwards.set((*(other for other in _forwards.get() if other.record is not record), block))
     return (), prepared
-
-
-def _check_sparse(attention: Attention, call: dict[str, Any]) -> None:
-    """Move on from sparse, or refuse, where a call asks for what only another backend has."""
-    asked = call.get("output_attentions")
-    wants_weights = attention.base.config.output_attentions if asked is None else asked
-    if attention.alternatives and (wants_weights or trains_otherwise(attention.base)):
-        switching.move(attention, _attentions.get())
-    elif wants_weights:
-        raise BackendError("sparse has no attention weights to return; use backend='eager' for output_attentions")
-
-
-def _reference(cache: Any) -> Callable[[], Any]:
-    """Something that gives the cache for as long as it lives, without keeping it alive."""
-    return (lambda: None) if cache is None else ref(cache)
 
 
 def _after(module: Any, _args: tuple[Any, ...], output: Any) -> None:
     """After the backbone ran, also after an exception: forget the forward, and make sure that a mask was asked for."""
     active = _forwards.get()
-    if not active or active[-1].base is not module:
+    if not active or active[-1].record.base is not module:
         return
     _forwards.set(active[:-1])
     if output is not None and not active[-1].masks_asked:
-        raise NotAsked(f"{type(module).__name__} ran without asking for an attention mask, so it did not follow the graph")
+        raise BackendError(
+            f"{type(module).__name__} never asks transformers for a mask, so its layers are not (all) attention that a mask "
+            "reaches"
+        )
 
 
-def _answer(config: Any, implementation: str, request: MaskRequest, plain: Any) -> Any:
+def _answer(config: Any, plain: Callable[[], Any] | None, padding: torch.Tensor | None, **asked: Any) -> Any:
     """What our mask functions say: transformers' own mask unless the model at hand is following a graph."""
-    # ``generate`` with a static cache asks ahead, outside of any forward.
     active = _forwards.get()
-    around = active[-1:] or tuple(attention for attention in _attentions.get() if attention.base.config is config)[-1:]
-    if not around or around[0].base.config is not config:
-        return plain()
-    attention = around[0]
-    mask = _mask(attention, implementation, request, plain)
-    if active:
-        attention.masks_asked += 1
-    else:
-        attention.made_ahead = mask
-    return mask
-
-
-def _mask(attention: Attention, implementation: str, request: MaskRequest, plain: Any) -> Any:
-    if attention.implementation != implementation:
-        raise BackendError(f"the model was switched to {implementation!r} inside attend; leave the block first")
-    if attention.backend.name == "sparse" and attention.alternatives and not attention.batch.is_own_padding(request):
-        switching.move(attention, _attentions.get())
-    if attention.backend.name == "sdpa" and attention.batch.is_plain and attention.wrapped is None:
-        return plain()
-    return attention.backend.mask(attention.batch, request)
-
-
-def _attention(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
-) -> Any:
-    """The attention function under the name ``hf.WRAPPED``: a backend's own, between ``before`` and ``after``."""
-    active = _forwards.get()
-    if not active or active[-1].wrapped is None:
-        raise BackendError("a layer's attention was called outside of its model's forward, while the model follows a graph")
-    attention = active[-1]
-    wrapped = attention.wrapped
-    assert wrapped is not None
-    scaling = kwargs.get("scaling")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    call = Call(attention, module.layer_idx, query, key, value, attention_mask, scaling, kwargs.get("softcap"))
-    function = hf.attention_function(module, attention.backend.implementation)
-    output = function(module, query, key, value, wrapped.before(call), **kwargs)
-    wrapped.after(call)
-    return output
+    if active and active[-1].record.base.config is config:
+        block = active[-1]
+        block.masks_asked += 1
+        padding = padding if block.padding_hides else None
+        request = Request(block.columns, padding=padding, user=block.user, kept=block.kept, **asked)
+        attention: LayerAttention = block.backend.attention(request)
+        if block.native:
+            return attention.mask  # type: ignore[attr-defined]
+        return attention if block.wrapped is None else Around(block, attention)
+    if not active and any(block.record.base.config is config for block in _blocks.get()):
+        # ``generate`` with a static cache asks ahead; the forward asks again.
+        return torch.ones(asked["rows"], asked["queries"].stop, device=asked["device"]) if padding is None else padding
+    if plain is None:
+        raise BackendError(
+            "leattn's attention runs inside leattn.attend only; call model.set_attn_implementation('sdpa') first"
+        )
+    return plain()

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from leattn.attention.batch import Batch
 from leattn.errors import BackendError
-from leattn.model import hf
+from leattn.model.cache import cached_tokens, full_length_cache
+from leattn.model.record import Model
+from leattn.prompt.columns import Columns
 from leattn.prompt.compile import CompiledPrompt
-
-if TYPE_CHECKING:
-    from leattn.attention.block import Attention
 
 
 def by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call, all by name."""
+    if not args:
+        return dict(kwargs)
     signature = inspect.signature(module.forward)
     call = dict(signature.bind_partial(*args, **kwargs).arguments)
     for name, parameter in signature.parameters.items():
@@ -26,46 +26,54 @@ def by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     return call
 
 
-def prepared_call(attention: Attention, call: dict[str, Any]) -> dict[str, Any]:
+def prepared_call(record: Model, columns: Columns, call: dict[str, Any]) -> tuple[dict[str, Any], range]:
     """The arguments of a backbone's call with the prompt's positions, a padding mask and a cache that keeps every key.
+
+    And the columns that its tokens stand in.
 
     Raises
     ------
     BackendError
         Other tokens than the prompt's, a mask that is not padding, a cache that drops keys, a continuation of several sinks.
     """
-    batch = attention.batch
     ids = call.get("input_ids")
     tokens = ids if ids is not None else call.get("inputs_embeds")
     if tokens is None:
         raise BackendError("inside attend the model is called with input_ids (or inputs_embeds); it got neither")
     use_cache = call.get("use_cache")
-    if attention.facts.windowed and (attention.base.config.use_cache if use_cache is None else use_cache):
-        call["past_key_values"] = hf.full_length_cache(call.get("past_key_values"))
-    first, length, rows = hf.cached_tokens(call.get("past_key_values")), tokens.shape[1], tokens.shape[0]
-    attention.columns = range(first, first + length)
-    repeats = batch.repeats(rows)
+    if record.facts.windowed and (record.base.config.use_cache if use_cache is None else use_cache):
+        call["past_key_values"] = full_length_cache(call.get("past_key_values"))
+    first, length, rows = cached_tokens(call.get("past_key_values")), tokens.shape[1], tokens.shape[0]
+    queries = range(first, first + length)
+    repeats = columns.repeats(rows)
     if ids is not None:
-        _check_ids(batch, ids, first, repeats)
-    if first + length > batch.table.columns:
-        for prompt in batch.prompts:
+        _check_ids(columns, ids, first, repeats)
+    if queries.stop > columns.width:
+        for prompt in columns.prompts:
             if len(prompt.graph.sinks) > 1:
                 raise BackendError(several_sinks(prompt))
-    positions = batch.table.positions_at(first, length).repeat_interleave(repeats, 0).to(tokens.device)
-    call["position_ids"] = positions
+    positions = columns.positions(queries)
+    call["position_ids"] = (positions if repeats == 1 else positions.repeat_interleave(repeats, 0)).to(tokens.device)
     mask = call.get("attention_mask")
+    if isinstance(mask, dict):  # made ahead, one for each layer type
+        mask = next(iter(mask.values()), None)
     if mask is None:
-        mask = torch.ones(rows, first + length, dtype=torch.long, device=tokens.device)
-        prompt_part = batch.attention_mask.repeat_interleave(repeats, 0).to(tokens.device)
-        shared = min(first + length, prompt_part.shape[1])
-        mask[:, :shared] = prompt_part[:, :shared]
-        call["attention_mask"] = mask
-    elif mask is attention.made_ahead:
-        attention.masks_asked += 1
+        mask = torch.ones(rows, queries.stop, dtype=torch.long, device=tokens.device)
+        for p, padding in enumerate(columns.padding):
+            mask[p * repeats : (p + 1) * repeats, :padding] = 0
     elif not isinstance(mask, torch.Tensor) or mask.dim() != 2:
         raise BackendError("inside attend the attention_mask is 2D padding; give a 4D mask of your own to attend(mask=...)")
-    attention.computed += rows * length
-    return call
+    call["attention_mask"] = mask
+    return call, queries
+
+
+def hides_tokens(columns: Columns, mask: torch.Tensor) -> bool:
+    """Whether a caller's ``attention_mask`` ``[B, n]`` hides more than the padding, which nobody sees anyway."""
+    if not any(columns.padding):
+        return not bool(mask.all())
+    starts = torch.tensor(columns.padding, device=mask.device).repeat_interleave(columns.repeats(len(mask)))
+    index = torch.arange(mask.shape[1], device=mask.device)
+    return not bool((mask.bool() | (index < starts[:, None])).all())
 
 
 def several_sinks(prompt: CompiledPrompt) -> str:
@@ -77,13 +85,13 @@ def several_sinks(prompt: CompiledPrompt) -> str:
     )
 
 
-def _check_ids(batch: Batch, ids: torch.Tensor, first: int, repeats: int) -> None:
+def _check_ids(columns: Columns, ids: torch.Tensor, first: int, repeats: int) -> None:
     """The prompt's columns of ``ids`` must be the prompt's tokens; padding and what is generated are free."""
-    last = min(first + ids.shape[1], batch.table.columns)
+    last = min(first + ids.shape[1], columns.width)
     if last <= first:
         return
-    expected = batch.input_ids[:, first:last].repeat_interleave(repeats, 0).to(ids.device)
-    is_prompt = batch.attention_mask[:, first:last].repeat_interleave(repeats, 0).to(ids.device).bool()
+    expected = columns.input_ids[:, first:last].repeat_interleave(repeats, 0).to(ids.device)
+    is_prompt = columns.attention_mask[:, first:last].repeat_interleave(repeats, 0).to(ids.device).bool()
     given = ids[:, : last - first]
     wrong = (given != expected) & is_prompt
     if wrong.any():

@@ -1,4 +1,4 @@
-"""HF's own flex_attention with a ``BlockMask`` straight from node spans.
+"""Transformers' own flex_attention, with a ``BlockMask`` straight from stretches.
 
 On a CPU, torch 2.13 fails to compile flex for many padded or odd shapes; ``torch.compiler.set_stance("force_eager")`` around
 the call runs it uncompiled, slowly. There is no backward on a CPU.
@@ -6,101 +6,84 @@ the call runs it uncompiled, slowly. There is no backward on a CPU.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from leattn.attention.batch import Batch, MaskRequest
-from leattn.attention.kinds import ModelFacts
-from leattn.errors import BackendError
+from leattn.attention.request import LayerAttention, Need, Request, UnderMask
+from leattn.model.facts import Facts
 from leattn.prompt import masks
 
 BLOCK = 128
 
 
 class Flex:
+    """Blocks that nobody sees are skipped. A ``BlockMask`` holds yes or no, so it carries boolean masks only."""
+
     name = "flex"
     implementation = "flex_attention"
-    function = None
+    carries: tuple[Need, ...] = ("mask", "padding")
 
-    def refusal(self, facts: ModelFacts) -> str | None:
-        if facts.sinks and facts.device.type == "cpu":
+    def refusal(self, facts: Facts, device: torch.device) -> str | None:
+        if facts.sinks and device.type == "cpu":
             return "transformers has no attention sinks for flex_attention on a CPU; use backend='eager'"
         if not facts.supports_flex:
             return f"transformers does not run {facts.family} through flex_attention; use backend='eager'"
         return None
 
-    def mask(self, batch: Batch, request: MaskRequest) -> BlockMask:
-        """``[B, 1 or H, Q blocks, K blocks]``.
+    def attention(self, request: Request) -> LayerAttention:
+        """Under ``[B, 1 or H, Q blocks, K blocks]``."""
+        return UnderMask("flex_attention", self._block_mask(request))
 
-        Raises
-        ------
-        BackendError
-            An additive mask of the user's: a ``BlockMask`` holds yes or no only.
-        """
-        if batch.user_mask is not None:
-            return self._with_user_mask(batch, request)
-        size = (len(request.queries), request.keys)
-        mask_mod = batch.table.mask_mod(
-            rows_per_prompt=batch.repeats(request.rows), query_offset=request.queries.start, window=request.window
+    def _block_mask(self, request: Request) -> BlockMask:
+        queries, keys, columns = request.queries, request.keys, request.columns
+        if request.user is not None:
+            return _of_dense(request.allowed())
+        mask_mod = masks.column_mask_mod(columns, queries, keys, repeats=request.repeats, window=request.window)
+        counts = torch.from_numpy(
+            np.stack([masks.block_counts(stretches, queries, keys, BLOCK) for stretches in columns.stretches(queries)])
         )
-        counts = batch.block_counts(request, BLOCK)
-        counts = counts.repeat_interleave(batch.repeats(request.rows), 0).to(request.device)
+        counts = counts.repeat_interleave(request.repeats, 0).to(request.device)
         full = counts == BLOCK * BLOCK
         if request.window is not None:
-            counts, full = self._windowed(batch, request, counts, full)
-        if not batch.is_own_padding(request):
+            counts, full = _windowed(request, counts, full)
+        if request.padding is not None:
             mask_mod, full = _and_padding(mask_mod, request), torch.zeros_like(full)
-        return masks.block_mask_from_counts(counts, size, BLOCK, mask_mod, full)
-
-    @staticmethod
-    def _windowed(
-        batch: Batch, request: MaskRequest, counts: torch.Tensor, full: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Drop the blocks that lie wholly outside the window, and call full only those wholly inside it."""
-        assert request.window is not None
-        repeats = batch.repeats(request.rows)
-        query = batch.table.positions_at(request.queries.start, len(request.queries)).repeat_interleave(repeats, 0)
-        key = batch.table.positions_at(0, request.keys).repeat_interleave(repeats, 0)
-        query_low, query_high = _block_range(query.to(request.device))
-        key_low, key_high = _block_range(key.to(request.device))
-        reaches = query_low[:, :, None] - key_high[:, None] < request.window
-        inside = query_high[:, :, None] - key_low[:, None] < request.window
-        return counts * reaches, full & inside
-
-    @staticmethod
-    def _with_user_mask(batch: Batch, request: MaskRequest) -> BlockMask:
-        assert batch.user_mask is not None
-        if batch.user_mask.dtype != torch.bool:
-            raise BackendError(
-                "flex takes a boolean mask only (a BlockMask holds yes or no); give a boolean mask, or use backend='eager' or "
-                "'sdpa'"
-            )
-        allowed = batch.allowed(request)
-        heads = allowed.shape[1]
-
-        def given_mask(b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
-            return allowed[b, h if heads > 1 else h * 0, q_idx, kv_idx]
-
-        return create_block_mask(
-            given_mask, request.rows, heads if heads > 1 else None, len(request.queries), request.keys, request.device
-        )
+        return masks.block_mask_from_counts(counts, (len(queries), keys), BLOCK, mask_mod, full)
 
 
-def _block_range(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _of_dense(allowed: torch.Tensor) -> BlockMask:
+    """A mask ``[B, 1 or H, Q, K]`` bool as blocks."""
+    rows, heads, length, keys = allowed.shape
+
+    def given_mask(b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
+        return allowed[b, h if heads > 1 else h * 0, q_idx, kv_idx]
+
+    return create_block_mask(given_mask, rows, heads if heads > 1 else None, length, keys, allowed.device)
+
+
+def _windowed(request: Request, counts: torch.Tensor, full: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Drop the blocks that lie wholly outside the window, and call full only those wholly inside it."""
+    assert request.window is not None
+    query_low, query_high = _block_range(request, request.queries)
+    key_low, key_high = _block_range(request, range(request.keys))
+    reaches = query_low[:, :, None] - key_high[:, None] < request.window
+    inside = query_high[:, :, None] - key_low[:, None] < request.window
+    return counts * reaches, full & inside
+
+
+def _block_range(request: Request, columns: range) -> tuple[torch.Tensor, torch.Tensor]:
     """The smallest and largest position in each block of columns, ``[B, blocks]`` each."""
-    columns = positions.shape[1]
-    short = -columns % BLOCK
+    positions = request.columns.positions(columns).repeat_interleave(request.repeats, 0).to(request.device)
+    short = -positions.shape[1] % BLOCK
     low = torch.nn.functional.pad(positions, (0, short), value=torch.iinfo(torch.long).max // 2)
     high = torch.nn.functional.pad(positions, (0, short), value=torch.iinfo(torch.long).min // 2)
-    shape = (len(positions), -1, BLOCK)
+    shape = (len(positions), -1, BLOCK)  # [B, blocks, BLOCK]
     return low.view(shape).amin(-1), high.view(shape).amax(-1)
 
 
-def _and_padding(mask_mod: masks.MaskMod, request: MaskRequest) -> masks.MaskMod:
-    assert request.padding is not None
-    missing = request.keys - request.padding.shape[1]
-    visible = torch.nn.functional.pad(request.padding.to(request.device, torch.bool), (0, max(0, missing)), value=True)
-    offset = request.queries.start
+def _and_padding(mask_mod: masks.MaskMod, request: Request) -> masks.MaskMod:
+    visible, offset = request.visible_keys(), request.queries.start
 
     def padded_mask(b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
         return mask_mod(b, h, q_idx, kv_idx) & (visible[b, kv_idx] | (kv_idx == q_idx + offset))

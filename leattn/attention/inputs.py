@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from leattn.attention import BACKENDS
-from leattn.attention.attend import check_positions, check_tokens, choose
-from leattn.attention.batch import Batch, MaskRequest
-from leattn.attention.kinds import Backend, ModelFacts
+from leattn.attention.backends import BACKENDS
+from leattn.attention.probe import route
+from leattn.attention.request import Backend, Request
 from leattn.errors import BackendError
-from leattn.model import hf
+from leattn.model.limits import Limits
+from leattn.model.record import Model
+from leattn.prompt.columns import Columns
 from leattn.prompt.compile import CompiledPrompt
 
 
@@ -23,15 +24,18 @@ class InputForm:
 
     Attributes
     ----------
-    facts, backend
-        What the model is, and what its current implementation wants for a mask.
+    limits
+        What token ids and positions are checked against.
+    implementation, backend
+        The model's current implementation, and what makes its masks.
     windows
         The window of each layer type that wants a mask of its own; ``""`` where all layers take the same.
     dtype
         Of additive masks.
     """
 
-    facts: ModelFacts
+    limits: Limits
+    implementation: str
     backend: Backend
     windows: dict[str, int | None]
     dtype: torch.dtype
@@ -47,16 +51,16 @@ class InputForm:
         BackendError
             A token id or a position that the model has no embedding for.
         """
-        check_tokens(prompts, self.facts)
-        check_positions(prompts, self.facts)
-        batch = Batch(prompts, device)
-        columns = batch.table.columns
-        masks = {
-            kind: self.backend.mask(batch, MaskRequest(len(prompts), range(columns), columns, window, self.dtype, device, None))
-            for kind, window in self.windows.items()
-        }
+        self.limits.check_tokens(prompts)
+        self.limits.check_positions(prompts)
+        columns = Columns.of_prompts(prompts, device)
+        every = range(columns.width)
+        masks = {}
+        for kind, window in self.windows.items():
+            request = Request(columns, len(prompts), every, len(every), window, self.dtype, device, may_skip=False)
+            masks[kind] = self.backend.attention(request).mask  # type: ignore[attr-defined]
         mask = masks[""] if list(masks) == [""] else masks
-        return {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": mask}
+        return {"input_ids": columns.input_ids, "position_ids": columns.position_ids, "attention_mask": mask}
 
 
 def input_form(model: Any) -> InputForm:
@@ -67,18 +71,43 @@ def input_form(model: Any) -> InputForm:
     BackendError
         The model, or its implementation, cannot follow a graph.
     """
-    facts = hf.read_facts(model)
-    theirs = (name for name, backend in BACKENDS.items() if backend.function is None)
-    name = next((name for name in theirs if BACKENDS[name].implementation == facts.implementation), None)
+    record = Model.of(model)
+    name = next((name for name, backend in BACKENDS.items() if backend.implementation == record.implementation), None)
     if name is None:
         raise BackendError(
-            f"the masks of {facts.implementation!r} cannot be set; call model.set_attn_implementation('sdpa') first, "
+            f"the masks of {record.implementation!r} cannot be set; call model.set_attn_implementation('sdpa') first, "
             "or use attend"
         )
-    return InputForm(facts, choose(model, facts, name), hf.window_of(model), model.dtype)
+    reason, _ = route(model, record, BACKENDS[name])
+    if reason is not None:
+        raise BackendError(f"backend {name!r} cannot run this model: {reason}")
+    return InputForm(record.limits, record.implementation, BACKENDS[name], record.facts.windows, model.dtype)
 
 
-def model_inputs(model: Any, prompt: CompiledPrompt) -> dict[str, Any]:
-    """Ids, positions and the mask in the form that the model's current implementation takes."""
-    form = input_form(model)
-    return form.inputs([prompt], form.facts.device)
+def model_inputs(model: Any, prompts: CompiledPrompt | Sequence[CompiledPrompt]) -> dict[str, Any]:
+    """Keyword arguments for ``model(**leattn.model_inputs(model, prompt))``, for loops of one's own.
+
+    The mask has the form that the model's current implementation needs: additive for eager, boolean for sdpa, a ``BlockMask``
+    for flex_attention, and a dict with one of them per layer type for a model that mixes full and sliding-window layers.
+    Several prompts are a batch, padded on the left. :func:`leattn.attend` needs none of this.
+
+    Returns
+    -------
+    dict
+        ``input_ids`` and ``position_ids`` ``[P, S]``, and ``attention_mask``, ``[P, 1, S, S]`` where it is a tensor.
+
+    Raises
+    ------
+    BackendError
+        The model, or its implementation, cannot follow a graph; a token id or a position that it does not have.
+
+    Examples
+    --------
+    >>> import leattn
+    >>> model, tokenizer = leattn.tiny.load()
+    >>> inputs = model_inputs(model, leattn.compile_prompt(leattn.ICLNode("The sky"), tokenizer))
+    >>> sorted(inputs), inputs["attention_mask"].dtype
+    (['attention_mask', 'input_ids', 'position_ids'], torch.bool)
+    """
+    several = [prompts] if isinstance(prompts, CompiledPrompt) else list(prompts)
+    return input_form(model).inputs(several, Model.of(model).device)

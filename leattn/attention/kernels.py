@@ -29,10 +29,11 @@ def needs_gradient(*tensors: torch.Tensor) -> bool:
 
 
 class Kernel:
-    """How to compute one layer's attention: its scaling, and whether the kernel that returns the log-sum-exp may be used."""
+    """How to compute one layer's attention: its scaling, whether the kernel that returns the log-sum-exp may be used, and which
+    of a forward's calls this is."""
 
-    def __init__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> None:
-        self.scaling = scaling
+    def __init__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, number: int = 0) -> None:
+        self.scaling, self.number = scaling, number
         # Private, but the one that returns the log-sum-exp and takes grouped heads; it has no gradient for that, and wants
         # values as wide as keys (deepseek's latent attention has others).
         self.with_lse = (

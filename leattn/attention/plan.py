@@ -1,68 +1,19 @@
-"""Which keys each stretch of queries needs, cut so that few large calls do it: the plan of the sparse backend.
-
-Columns are those of the batch, as the cache holds them.
-"""
+"""Stretches grouped so that few large calls compute them: the plan of the sparse backend, before any tensor is touched."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from leattn.prompt.visible import Run, Visible, merge
+from leattn.prompt.columns import Stretch, columns_in
+from leattn.prompt.visible import Run
 
-
-@dataclass(frozen=True)
-class Stretch:
-    """Queries in the columns ``start`` to ``stop``: all see the columns ``seen`` whole, and their stretch up to themselves.
-
-    ``seen`` is sorted, and no two of its intervals touch.
-    """
-
-    start: int
-    stop: int
-    seen: tuple[Run, ...]
-
-
-def prompt_stretches(visible: Visible, offsets: Sequence[int]) -> list[Stretch]:
-    """A prompt as few stretches; node i holds the columns ``offsets[i]`` to ``offsets[i + 1]``.
-
-    Nodes that see each other as plain causal text would are one stretch, but for the first of several equal siblings.
-    """
-    stretches: list[Stretch] = []
-    first = 0
-    for i, runs in enumerate(visible.runs):
-        if stretches and not _leads_siblings(visible, offsets, i) and runs == merge([*visible.runs[first], (first, i)]):
-            stretches[-1] = replace(stretches[-1], stop=offsets[i + 1])
-        else:
-            first = i
-            stretches.append(Stretch(offsets[i], offsets[i + 1], merge([(offsets[a], offsets[b]) for a, b in runs])))
-    return stretches
-
-
-def clipped(stretches: Sequence[Stretch], queries: range) -> list[Stretch]:
-    """The stretches of some queries only; what is in front of them in their own stretch, they see whole."""
-    found = []
-    first = bisect_right(stretches, queries.start, key=lambda stretch: stretch.start) - 1
-    for stretch in stretches[max(0, first) :]:
-        if stretch.start >= queries.stop:
-            break
-        start, stop = max(stretch.start, queries.start), min(stretch.stop, queries.stop)
-        if start < stop:
-            seen = stretch.seen if start == stretch.start else merge([*stretch.seen, (stretch.start, start)])
-            found.append(Stretch(start, stop, seen))
-    return found
-
-
-def _leads_siblings(visible: Visible, offsets: Sequence[int], i: int) -> bool:
-    if i + 2 >= len(offsets) or visible.runs[i + 1] != visible.runs[i]:
-        return False
-    return offsets[i + 2] - offsets[i + 1] == offsets[i + 1] - offsets[i]
+WINDOW_QUERIES = 256
+"""Queries that one mask of a window covers at most: fewer of them reach back to fewer keys, and masks stay small."""
 
 
 @dataclass(frozen=True)
@@ -111,16 +62,13 @@ class Mixed:
         return self.start + len(self.mask)
 
 
-Step: TypeAlias = Group | Mixed
-
-
 def size(runs: Sequence[Run]) -> int:
     """How many columns the intervals hold."""
     return sum(stop - start for start, stop in runs)
 
 
-def plan_groups(stretches: Sequence[Stretch]) -> list[Step]:
-    """Steps that cover the queries of the stretches, in order."""
+def plan_groups(stretches: Sequence[Stretch]) -> list[Group | Mixed]:
+    """What covers the queries of the stretches, in order."""
     groups: list[Group] = []
     for stretch in stretches:
         longer = _joined(groups[-1], stretch) if groups else None
@@ -128,7 +76,7 @@ def plan_groups(stretches: Sequence[Stretch]) -> list[Step]:
             groups.append(Group(stretch.start, stretch.stop - stretch.start, 1, stretch.seen))
         else:
             groups[-1] = longer
-    steps: list[Step] = []
+    steps: list[Group | Mixed] = []
     for is_single, several in groupby(groups, lambda group: group.length * group.count == 1):
         those = list(several)
         steps += _mixed(those) if is_single else those
@@ -154,7 +102,7 @@ def _width_before(start: int, seen: tuple[Run, ...]) -> int:
     return start - seen[0][0] if len(seen) == 1 and seen[0][1] == start else 0
 
 
-def _mixed(singles: Sequence[Group]) -> Iterator[Step]:
+def _mixed(singles: Sequence[Group]) -> Iterator[Group | Mixed]:
     """Single queries in as few calls as pay: together they compute more pairs, apart they copy more keys."""
     taken: list[Group] = []
     rows: list[npt.NDArray[np.bool_]] = []
@@ -187,7 +135,7 @@ def _touches(group: Group) -> bool:
     return not group.seen or group.seen[-1][1] == group.start
 
 
-def _step(singles: list[Group], rows: list[npt.NDArray[np.bool_]], union: npt.NDArray[np.bool_]) -> Step:
+def _step(singles: list[Group], rows: list[npt.NDArray[np.bool_]], union: npt.NDArray[np.bool_]) -> Group | Mixed:
     if len(singles) == 1:
         return singles[0]
     keys = np.flatnonzero(union)
@@ -195,3 +143,32 @@ def _step(singles: list[Group], rows: list[npt.NDArray[np.bool_]], union: npt.ND
     if high - low < 1.5 * len(keys):  # a view of some more is cheaper than a copy
         keys = np.arange(low, high)
     return Mixed(singles[0].start, keys, np.stack(rows)[:, keys])
+
+
+def plan_windowed(stretches: Sequence[Stretch], positions: npt.NDArray[np.int64], window: int) -> list[Group | Mixed]:
+    """The same under a sliding window: what reaches further back goes under a mask, the rest as ever.
+
+    A window is measured in positions, ``pos_q − pos_k < W``, so that keys at later positions are always inside. ``positions``
+    ``[K]`` are those of all columns.
+    """
+    steps: list[Group | Mixed] = []
+    free: list[Stretch] = []
+    for stretch in stretches:
+        keys = columns_in(sorted((*stretch.seen, (stretch.start, stretch.stop))))
+        if positions[stretch.start : stretch.stop].max() - positions[keys].min() < window:
+            free.append(stretch)
+            continue
+        steps += plan_groups(free)
+        steps += _masked(stretch, keys, positions, window)
+        free = []
+    return [*steps, *plan_groups(free)]
+
+
+def _masked(stretch: Stretch, keys: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], window: int) -> Iterator[Mixed]:
+    own = (keys >= stretch.start) & (keys < stretch.stop)
+    for start in range(stretch.start, stretch.stop, WINDOW_QUERIES):
+        queries = np.arange(start, min(start + WINDOW_QUERIES, stretch.stop))
+        within = positions[queries][:, None] - positions[keys] < window
+        mask = within & (~own | (keys <= queries[:, None]))
+        needed = mask.any(0)
+        yield Mixed(start, keys[needed], mask[:, needed])

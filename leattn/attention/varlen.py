@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 from leattn.attention.kernels import needs_gradient
-from leattn.attention.plan import Stretch, size
+from leattn.attention.plan import size
 from leattn.errors import BackendError
+from leattn.prompt.columns import Stretch
 from leattn.prompt.visible import Run
 
 GATHERED = 1 << 16

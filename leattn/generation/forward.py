@@ -1,21 +1,28 @@
-"""``forward``: one pass of a model over prompts, all of it or only what a store does not have."""
+"""``forward``: one pass of a model over prompts, all of it or only what a store does not have; ``warm`` fills a store."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm.auto import tqdm
 
-from leattn.attention.attend import attend, check_positions
-from leattn.attention.batch import MaskMode
+from leattn.attention.attend import attend
+from leattn.attention.request import Backend, MaskMode
+from leattn.dag.graph import ICLGraph
+from leattn.dag.node import ICLNode
 from leattn.errors import LeattnError
-from leattn.generation.fill import is_intervened
 from leattn.generation.program import build
-from leattn.generation.workspace import workspace
+from leattn.generation.session import is_intervened, session
 from leattn.kv.store import KVStore
-from leattn.model import hf
-from leattn.prompt.compile import CompiledPrompt
+from leattn.model.record import Model
+from leattn.prompt.compile import CompiledPrompt, compile_prompt
+from leattn.prompt.positions import Positions
+from leattn.prompt.visible import Visibility
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NOT_WITH_A_STORE = (
     "past_key_values",
@@ -32,7 +39,7 @@ def forward(
     model: Any,
     prompts: CompiledPrompt | Sequence[CompiledPrompt],
     *,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     kv_store: KVStore | None = None,
     mask: torch.Tensor | None = None,
     mask_mode: MaskMode = "combine",
@@ -76,25 +83,79 @@ def forward(
     return _with_store(model, prompts, backend, kv_store, model_kwargs)
 
 
-def _with_store(model: Any, prompt: CompiledPrompt, backend: str, store: KVStore, model_kwargs: dict[str, Any]) -> Any:
+def _with_store(
+    model: Any, prompt: CompiledPrompt, backend: str | Backend, store: KVStore, model_kwargs: dict[str, Any]
+) -> Any:
+    record = Model.of(model)
     sinks = [prompt.graph.index[sink] for sink in prompt.graph.sinks]
-    if is_intervened(model):
+    lengths = {i: prompt.offsets[i + 1] - prompt.offsets[i] for i in sinks}
+    if is_intervened(record):
         output = forward(model, prompt, backend=backend, **model_kwargs)
         name = "logits" if hasattr(output, "logits") else "last_hidden_state"
         tokens = torch.cat([torch.arange(*prompt.offsets[i : i + 2]) for i in sinks])
         setattr(output, name, getattr(output, name)[:, tokens])
         return output
-    check_positions([prompt], hf.read_facts(model))
-    program, _ = build([prompt], prompt.tokenizer, positions="after_parents", visibility="parents")
-    with workspace(model, program, backend=backend, kv_store=store) as work:
-        work.demand(sinks, compute=sinks)
-        feeds = work.take_all()
-        rows: list[int] = []
-        first = 0
-        for feed in feeds:
-            if feed.unit in sinks:
-                rows += range(first, first + len(feed.ids))
-            first += len(feed.ids)
-        output = work.feed(feeds, rows, **model_kwargs)
+    record.limits.check_positions([prompt])
+    program, _ = build([prompt], prompt.tokenizer)
+    with session(model, record, program, backend=backend, kv_store=store) as work:
+        output = work.logits(lengths, **model_kwargs)
     output.past_key_values = None  # in the order in which tokens were computed, of no use outside
     return output
+
+
+WARM = 2048
+"""Tokens that one forward computes at most while a store is warmed."""
+
+
+def warm(
+    model: Any,
+    nodes: CompiledPrompt | ICLGraph | ICLNode | Iterable[ICLNode],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    kv_store: KVStore,
+    positions: Positions = "after_parents",
+    visibility: Visibility = "parents",
+    backend: str | Backend = "auto",
+    progress: bool = True,
+) -> None:
+    """Compute nodes and everything they see, so that later prompts find their keys and values in a store.
+
+    Parameters
+    ----------
+    model, nodes, tokenizer, positions, visibility, backend
+        As for :func:`leattn.compile_prompt` and :func:`leattn.forward`; what the store has already is not computed again.
+    progress
+        A progress bar over the nodes.
+
+    Raises
+    ------
+    LeattnError
+        As ``compile_prompt`` and ``forward`` do.
+
+    Examples
+    --------
+    >>> import leattn
+    >>> model, tokenizer = leattn.tiny.load()
+    >>> documents = leattn.parallel(["The sky is blue.", "Snow is white."])
+    >>> store = leattn.KVStore()
+    >>> leattn.warm(model, documents, tokenizer, kv_store=store, progress=False)
+    >>> len(store)
+    2
+    """
+    if isinstance(nodes, CompiledPrompt):
+        prompt = nodes
+    else:
+        prompt = compile_prompt(nodes, tokenizer, positions=positions, visibility=visibility)
+    record = Model.of(model)
+    record.limits.check_positions([prompt])
+    program, _ = build([prompt], prompt.tokenizer)
+    every = range(len(prompt.graph))
+    with (
+        session(model, record, program, backend=backend, kv_store=kv_store) as work,
+        tqdm(total=len(every), unit="node", disable=not progress) as bar,
+    ):
+        missing = [i for i in every if not work.is_stored(i)]
+        bar.update(len(every) - len(missing))
+        work.place(missing, compute=missing)
+        for feeds in work.run(WARM):
+            bar.update(len(feeds))

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias, overload
 
 from transformers import PreTrainedTokenizerBase
 
+from leattn.attention.request import Backend
 from leattn.dag.gennode import GenNode
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode
@@ -17,7 +18,7 @@ from leattn.generation.sink import continue_sinks
 from leattn.generation.together import OnInterrupt, ProgramOptions, write_together
 from leattn.kv.store import KVStore
 from leattn.prompt.compile import CompiledPrompt, as_graph, compile_prompt
-from leattn.prompt.positions import Positions
+from leattn.prompt.positions import Positions, scheme_of
 from leattn.prompt.visible import Visibility
 
 Target: TypeAlias = CompiledPrompt | ICLGraph | ICLNode
@@ -37,7 +38,7 @@ def generate(
     *,
     positions: Positions = "after_parents",
     visibility: Visibility = "parents",
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     kv_store: KVStore | None = None,
     seed: int | None = None,
     streamer: Any = None,
@@ -123,9 +124,9 @@ def generate(
     for item in targets:
         graph = item if isinstance(item, CompiledPrompt) else as_graph(item)
         if isinstance(graph, ICLGraph) and not any(isinstance(node, GenNode) for node in graph.nodes):
-            if positions == "sequential" and len(graph.sinks) > 1:
+            if len(graph.sinks) > 1 and scheme_of(positions).branches_collide:
                 raise LeattnError(
-                    f"with positions='sequential' the {len(graph.sinks)} sinks of a graph would go on at each other's "
+                    f"with positions={positions!r} the {len(graph.sinks)} sinks of a graph would go on at each other's "
                     "positions; use 'after_parents', or compile and generate each sink by itself"
                 )
             graph = compile_prompt(graph, tokenizer, positions=positions, visibility=visibility)

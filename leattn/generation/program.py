@@ -6,7 +6,7 @@ Several graphs become one program, in one sequence: a node that two of them shar
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,9 +14,9 @@ from leattn.dag.gennode import GenNode
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode
 from leattn.dag.tokens import tokenize_all
-from leattn.errors import LeattnError, choices
+from leattn.errors import LeattnError
 from leattn.prompt.compile import CompiledPrompt
-from leattn.prompt.positions import SCHEMES, Positions
+from leattn.prompt.positions import Positions, after_seen, given_starts, pinned_start, scheme_of
 from leattn.prompt.visible import Run, Visibility, Visible, merge, visible_relation
 
 
@@ -102,7 +102,11 @@ def is_program(target: CompiledPrompt | ICLGraph) -> bool:
 
 
 def build(
-    targets: Sequence[CompiledPrompt | ICLGraph], tokenizer: Any, *, positions: Positions, visibility: Visibility
+    targets: Sequence[CompiledPrompt | ICLGraph],
+    tokenizer: Any,
+    *,
+    positions: Positions = "after_parents",
+    visibility: Visibility = "parents",
 ) -> tuple[Program, list[Part]]:
     """One program of all targets. A graph is one with nodes to write; what has none comes compiled.
 
@@ -128,27 +132,28 @@ class _Builder:
         self.known: dict[tuple[ICLNode, int | None, tuple[Run, ...]], int] = {}
 
     def add_graph(self, graph: ICLGraph, tokenizer: Any, positions: Positions, visibility: Visibility) -> Part:
-        first = _first_positions(positions)
+        scheme = scheme_of(positions)
+        if not scheme.known_before_writing:
+            raise LeattnError(
+                f"positions={positions!r} needs the length of every node, and a GenNode's is known only when it is written; "
+                "use 'after_parents' or 'restart', or pin nodes with start_pos_id"
+            )
         ids = tokenize_all(graph.nodes, tokenizer)
+        given = given_starts(graph, [len(node_ids) for node_ids in ids], scheme)
         visible = visible_relation(graph, visibility)
         place: list[int] = []
         branches = {}
-        for node, node_ids, runs in zip(graph.nodes, ids, visible.runs, strict=True):
+        for i, (node, node_ids) in enumerate(zip(graph.nodes, ids, strict=True)):
             name = graph.names[node]
-            mapped = _mapped(runs, place)
-            start = self._start(node, len(node_ids), mapped, first)
+            mapped = _mapped(visible.runs[i], place)
+            start = pinned_start(graph, node, len(node_ids))
+            if start is None:
+                start = after_seen(map(self._end, _members(mapped))) if given is None else given[i]
             unit = Unit(name, tuple(node_ids), start)
             if isinstance(node, GenNode):
-                unit = Unit(
-                    name,
-                    tuple(node_ids),
-                    start,
-                    writes=True,
-                    max_new_tokens=node.max_new_tokens,
-                    stop=node.stop,
-                    sampling=node.sampling,
-                )
-                branches[name] = len(place)
+                limit, stop, sampling = node.max_new_tokens, node.stop, node.sampling
+                unit = replace(unit, writes=True, max_new_tokens=limit, stop=stop, sampling=sampling)
+                branches[name] = i
             place.append(self._unit(node, unit, mapped))
         return Part(graph, None, tuple(place), {name: place[i] for name, i in branches.items()})
 
@@ -169,18 +174,6 @@ class _Builder:
             self.units.append(Unit(graph.names[sink], (), positions[offsets[i + 1] - 1] + 1, writes=True, follows=follows))
             self.runs.append(merge([*self.runs[follows], (follows, follows + 1)]))
         return Part(graph, prompt, tuple(place), branches)
-
-    def _start(self, node: ICLNode, length: int, runs: Sequence[Run], first: int | None) -> int | None:
-        """Where a node starts, as far as that is known before anything is written."""
-        if node.start_pos_id is not None:
-            return node.start_pos_id
-        if node.end_pos_id is not None:
-            return node.end_pos_id - length
-        if first is not None:
-            return first
-        ends = [self._end(i) for start, stop in runs for i in range(start, stop)]
-        known = [end for end in ends if end is not None]
-        return max(known, default=0) if len(known) == len(ends) else None
 
     def _end(self, i: int) -> int | None:
         unit = self.units[i]
@@ -209,12 +202,5 @@ def _pieces(runs: Sequence[Run], place: Sequence[int]) -> Iterator[Run]:
                 first = i
 
 
-def _first_positions(positions: Positions) -> int | None:
-    if callable(positions) or positions == "sequential":
-        raise LeattnError(
-            f"positions={positions!r} needs the length of every node, and a GenNode's is known only when it is written; use "
-            "'after_parents' or 'restart', or pin nodes with start_pos_id"
-        )
-    if positions not in SCHEMES:
-        raise LeattnError(choices("positions", positions, SCHEMES))
-    return 0 if positions == "restart" else None
+def _members(runs: Sequence[Run]) -> Iterator[int]:
+    return (i for start, stop in runs for i in range(start, stop))

@@ -10,20 +10,20 @@ from typing import Any, Literal, TypeAlias
 import torch
 from tqdm.auto import tqdm
 
-from leattn.attention.attend import check_last_position
+from leattn.attention.request import Backend
 from leattn.dag.graph import ICLGraph
 from leattn.errors import LeattnError, choices
 from leattn.generation.branch import decoder
 from leattn.generation.program import Part, Program, build
 from leattn.generation.result import Generation, Stats
 from leattn.generation.result import Sequence as Continuation
-from leattn.generation.run import Run
 from leattn.generation.sampling import Sampling, Streamer
-from leattn.generation.workspace import workspace
+from leattn.generation.schedule import Schedule
+from leattn.generation.session import session
 from leattn.kv.store import KVStore
-from leattn.model import hf
+from leattn.model.record import Model
 from leattn.prompt.compile import CompiledPrompt
-from leattn.prompt.positions import Positions
+from leattn.prompt.positions import Positions, after_seen
 from leattn.prompt.visible import Visibility
 
 OnInterrupt: TypeAlias = Literal["raise", "return"]
@@ -63,7 +63,7 @@ def write_together(
     *,
     positions: Positions,
     visibility: Visibility,
-    backend: str,
+    backend: str | Backend,
     kv_store: KVStore | None,
     seed: int | None,
     options: ProgramOptions,
@@ -72,14 +72,14 @@ def write_together(
     """One generation per target; all of them run in one sequence."""
     options.check()
     program, parts = build(targets, tokenizer, positions=positions, visibility=visibility)
-    facts = hf.read_facts(model)
-    sampling = Sampling(model, config, facts.device)
+    record = Model.of(model)
+    sampling = Sampling(model, config, record.device)
     if tokenizer is None and (sampling.stop or any(unit.stop for unit in program.units)):
         raise LeattnError("stop strings are text, and there is no tokenizer to decode with; give one, or use eos_token_id")
     for i in program.written:
         sampling.config(program.units[i].sampling)
     last = _last_position(program, sampling)
-    check_last_position(last, f"the last position may be {last}", facts)
+    record.limits.check_last_position(last, f"the last position may be {last}")
     if seed is None:
         seed = int(torch.randint(2**62, ()))  # so that torch.manual_seed is honoured
     bar = tqdm(total=len(program.written), unit="node", disable=not options.progress)
@@ -91,8 +91,8 @@ def write_together(
 
     started = time.perf_counter()
     complete = True
-    with bar, workspace(model, program, backend=backend, kv_store=kv_store) as work:
-        run = Run(
+    with bar, session(model, record, program, backend=backend, kv_store=kv_store) as work:
+        run = Schedule(
             work,
             sampling,
             seed=seed,
@@ -113,13 +113,13 @@ def write_together(
         computed=work.computed,
         reused=work.reused,
         generated=sum(len(branch.ids) for branch in run.branches.values()),
-        steps=work.attention.forwards,
+        steps=work.block.forwards,
         seconds=time.perf_counter() - started,
     )
-    return [_generation(part, run, work.attention.backend.name, stats, complete) for part in parts]
+    return [_generation(part, run, work.block.backend.name, stats, complete) for part in parts]
 
 
-def _generation(part: Part, run: Run, backend: str, stats: Stats, complete: bool) -> Generation:
+def _generation(part: Part, run: Schedule, backend: str, stats: Stats, complete: bool) -> Generation:
     branches = {
         name: (Continuation(run.branches[i].text, torch.tensor(run.branches[i].ids, dtype=torch.long)),)
         for name, i in part.branches.items()
@@ -135,7 +135,7 @@ def _last_position(program: Program, sampling: Sampling) -> int:
     for i, unit in enumerate(program.units):
         start = unit.start
         if start is None:
-            start = max((ends[j] for j in program.sees[i]), default=0)
+            start = after_seen(ends[j] for j in program.sees[i]) or 0
         new = 0
         if unit.writes:
             new = unit.max_new_tokens or sampling.limit(unit.sampling, 0)

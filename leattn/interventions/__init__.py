@@ -1,7 +1,8 @@
 """Operations on a model while it runs a prompt: exact, composable, undone when their block ends."""
 
 from leattn.interventions.hidden import Freeze, Inject, RandomNoise, Shuffle, SkipAttention, States, capture
-from leattn.interventions.intervene import Operation, intervene
+from leattn.interventions.intervene import intervene
+from leattn.interventions.operation import Operation, State, Subject
 from leattn.interventions.scores import Suppress
 
 __all__ = [
@@ -11,7 +12,9 @@ __all__ = [
     "RandomNoise",
     "Shuffle",
     "SkipAttention",
+    "State",
     "States",
+    "Subject",
     "Suppress",
     "capture",
     "intervene",

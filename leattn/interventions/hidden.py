@@ -12,10 +12,9 @@ from typing import Any, Literal
 
 import torch
 
-from leattn.attention.batch import Batch
 from leattn.errors import LeattnError, choices
 from leattn.generation.forward import forward
-from leattn.interventions.operation import Layers, Selection, State, checked_layers, checked_rows
+from leattn.interventions.operation import Layers, Selection, State, Subject, checked_layers, checked_rows
 from leattn.interventions.where import Place, Where, tokens_at
 from leattn.prompt.compile import CompiledPrompt
 
@@ -34,14 +33,14 @@ class Freeze:
     rows: Sequence[int] | None = None
     generated: bool = False
 
-    def bind(self, batch: Batch, layers: int) -> _Freeze:  # noqa: ARG002
+    def bind(self, subject: Subject) -> _Freeze:
         if self.source not in ("input", "previous"):
             raise LeattnError(choices("source", self.source, ("input", "previous")))
         if self.layer < 0:
             raise LeattnError(f"Freeze names layer {self.layer}; layers count from 0")
         if self.source == "previous" and self.layer == 0:
             raise LeattnError("Freeze(layer=0, source='previous') has no layer before; use source='input' or a later layer")
-        return _Freeze(self, Selection.build(batch, self.tokens, self.rows, generated=self.generated))
+        return _Freeze(self, Selection.build(subject.columns, self.tokens, self.rows, generated=self.generated))
 
 
 class _Freeze:
@@ -55,7 +54,7 @@ class _Freeze:
             self.held = hidden
         if state.layer < start or self.held is None:
             return hidden
-        selected = self.selection.at(state.columns, state.rows_per_prompt, hidden.device)
+        selected = self.selection.at(state.queries, state.repeats, hidden.device)
         return torch.where(selected[..., None], self.held.to(hidden.device), hidden)
 
 
@@ -74,7 +73,7 @@ class RandomNoise:
     rows: Sequence[int] | None = None
     generated: bool = False
 
-    def bind(self, batch: Batch, layers: int) -> _PerToken:
+    def bind(self, subject: Subject) -> _PerToken:
         seed = _seed(self.seed)
 
         def noise(state: State, token: int, vector: torch.Tensor) -> torch.Tensor:
@@ -82,8 +81,8 @@ class RandomNoise:
             scaled: torch.Tensor = v * (vector.norm() / v.norm())
             return scaled
 
-        chosen = checked_layers("RandomNoise", self.layer, layers)
-        return _PerToken(chosen, Selection.build(batch, self.tokens, self.rows, generated=self.generated), noise)
+        chosen = checked_layers("RandomNoise", self.layer, subject.layers)
+        return _PerToken(chosen, Selection.build(subject.columns, self.tokens, self.rows, generated=self.generated), noise)
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ class Shuffle:
     rows: Sequence[int] | None = None
     generated: bool = False
 
-    def bind(self, batch: Batch, layers: int) -> _PerToken:
+    def bind(self, subject: Subject) -> _PerToken:
         if self.seeding not in ("own", "published"):
             raise LeattnError(choices("seeding", self.seeding, ("own", "published")))
         seed = _seed(self.seed)
@@ -112,8 +111,8 @@ class Shuffle:
                 generator = _generator(seed, state.layer, token)
             return vector[torch.randperm(len(vector), generator=generator).to(vector.device)]
 
-        chosen = checked_layers("Shuffle", self.layer, layers)
-        return _PerToken(chosen, Selection.build(batch, self.tokens, self.rows, generated=self.generated), shuffle)
+        chosen = checked_layers("Shuffle", self.layer, subject.layers)
+        return _PerToken(chosen, Selection.build(subject.columns, self.tokens, self.rows, generated=self.generated), shuffle)
 
 
 class _PerToken:
@@ -125,10 +124,10 @@ class _PerToken:
     def edit(self, state: State, hidden: torch.Tensor) -> torch.Tensor:
         if state.layer not in self.layers:
             return hidden
-        selected = self.selection.at(state.columns, state.rows_per_prompt, hidden.device).nonzero().tolist()
+        selected = self.selection.at(state.queries, state.repeats, hidden.device).nonzero().tolist()
         if not selected:
             return hidden
-        changed = [self.change(state, state.token_index(row, state.columns.start + i), hidden[row, i]) for row, i in selected]
+        changed = [self.change(state, state.token_index(row, state.queries.start + i), hidden[row, i]) for row, i in selected]
         where = tuple(torch.tensor(selected, device=hidden.device).T)
         return hidden.index_put(where, torch.stack(changed))
 
@@ -142,8 +141,16 @@ class SkipAttention:
 
     layers: Layers
 
-    def bind(self, layers: int) -> frozenset[int]:
-        return checked_layers("SkipAttention", self.layers, layers)
+    def bind(self, subject: Subject) -> _Skip:
+        return _Skip(checked_layers("SkipAttention", self.layers, subject.layers))
+
+
+class _Skip:
+    def __init__(self, layers: frozenset[int]) -> None:
+        self.layers = layers
+
+    def attended(self, layer: int, output: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(output) if layer in self.layers else output
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,12 +165,12 @@ class Inject:
     states: Mapping[Place, torch.Tensor]
     rows: Sequence[int] | None = None
 
-    def bind(self, batch: Batch, layers: int) -> _Inject:
-        chosen = checked_layers("Inject", self.layer, layers)
-        columns = batch.table.columns
+    def bind(self, subject: Subject) -> _Inject:
+        chosen = checked_layers("Inject", self.layer, subject.layers)
+        prompts, width = subject.columns.prompts, subject.columns.width
         entries = []
-        for p in checked_rows(self.rows, len(batch.prompts)):
-            prompt = batch.prompts[p]
+        for p in checked_rows(self.rows, len(prompts)):
+            prompt = prompts[p]
             for place, value in self.states.items():
                 tokens = tokens_at(prompt, place)
                 vectors = value[None] if value.dim() == 1 else value
@@ -172,9 +179,9 @@ class Inject:
                         f"Inject at {_name(place)} has states {list(value.shape)} for {len(tokens)} tokens; "
                         f"give [{len(tokens)}, hidden size]"
                     )
-                order = torch.tensor(tokens) + columns - len(prompt)
+                order = torch.tensor(tokens) + width - len(prompt)
                 entries.append((p, order, vectors))
-        return _Inject(chosen, entries, len(batch.prompts), columns)
+        return _Inject(chosen, entries, len(prompts), width)
 
 
 class _Inject:
@@ -192,14 +199,14 @@ class _Inject:
             self.values[p, order] = vectors.detach().to(self.values)
 
     def edit(self, state: State, hidden: torch.Tensor) -> torch.Tensor:
-        if state.layer not in self.layers or state.columns.start >= self.mask.shape[1]:
+        if state.layer not in self.layers or state.queries.start >= self.mask.shape[1]:
             return hidden
         if self.values.shape[2] not in (0, hidden.shape[-1]):
             raise LeattnError(f"Inject has states of {self.values.shape[2]} channels, the model has {hidden.shape[-1]}")
-        stop = min(state.columns.stop, self.mask.shape[1])
-        part = slice(state.columns.start, stop)
-        mask = self.mask[:, part].repeat_interleave(state.rows_per_prompt, 0).to(hidden.device)
-        values = self.values[:, part].repeat_interleave(state.rows_per_prompt, 0).to(hidden)
+        stop = min(state.queries.stop, self.mask.shape[1])
+        part = slice(state.queries.start, stop)
+        mask = self.mask[:, part].repeat_interleave(state.repeats, 0).to(hidden.device)
+        values = self.values[:, part].repeat_interleave(state.repeats, 0).to(hidden)
         if not mask.any():
             return hidden
         edited = torch.where(mask[..., None], values, hidden[:, : mask.shape[1]])

@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
 from leattn.attention.attend import prepare
-from leattn.attention.batch import MaskMode
-from leattn.attention.block import Attention, follow, innermost, running
+from leattn.attention.block import Block, follow, innermost, running
+from leattn.attention.request import Backend, MaskMode
 from leattn.errors import BackendError, LeattnError
-from leattn.interventions.hidden import Freeze, Inject, RandomNoise, Shuffle, SkipAttention
-from leattn.interventions.operation import Editor, State
-from leattn.interventions.scores import Suppress, Suppression
-from leattn.model import hf
+from leattn.interventions.operation import Operation, State, Subject, doing
+from leattn.interventions.scores import ChangedScores
+from leattn.model.record import Model
 from leattn.prompt.compile import CompiledPrompt
-
-Operation: TypeAlias = Freeze | RandomNoise | Shuffle | SkipAttention | Inject | Suppress
 
 
 @contextmanager
@@ -28,10 +25,10 @@ def intervene(
     prompts: CompiledPrompt | Sequence[CompiledPrompt],
     operations: Sequence[Operation],
     *,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     mask: torch.Tensor | None = None,
     mask_mode: MaskMode = "combine",
-) -> Iterator[Attention]:
+) -> Iterator[Block]:
     """Follow the graph with operations applied, inside the block and nowhere else. Includes :func:`leattn.attend`.
 
     Operations on one layer happen in the order given. ``leattn.generate``, ``leattn.forward`` and further blocks inside this
@@ -63,81 +60,52 @@ def intervene(
     ...     logits = model(**attention.inputs).logits
     """
     for operation in operations:
-        if not isinstance(operation, Operation):
+        if not hasattr(operation, "bind"):
             raise LeattnError(
-                f"an operation is Suppress, Freeze, RandomNoise, Shuffle, SkipAttention or Inject, not {operation!r}"
+                "an operation is Suppress, Freeze, RandomNoise, Shuffle, SkipAttention, Inject or one of your own with a "
+                f"method bind(subject), not {operation!r}"
             )
-    scores = any(isinstance(operation, Suppress) for operation in operations)
-    attention = prepare(model, prompts, backend=backend, mask=mask, mask_mode=mask_mode, scores=scores)
-    around = innermost(attention.base)
-    inherited: tuple[Any, ...] = () if around is None else around.operations
-    with _applied(attention, (*inherited, *operations)):
+    record = Model.of(model)
+    around = innermost(record)
+    everything = (*(() if around is None else around.operations), *operations)
+    attention = prepare(model, record, prompts, backend=backend, mask=mask, mask_mode=mask_mode)
+    with _applied(attention, everything):
         yield attention
 
 
 @contextmanager
-def _applied(attention: Attention, operations: tuple[Any, ...]) -> Iterator[Attention]:
+def _applied(attention: Block, operations: tuple[Operation, ...]) -> Iterator[Block]:
     """Follow the graph with these operations, resolved against its prompts."""
-    base = attention.base
-    if base.training and getattr(base, "is_gradient_checkpointing", False):
+    record = attention.record
+    if record.checkpoints:
         raise BackendError(
             "gradient checkpointing runs the layers again in backward, after the operations are gone; "
             "call model.gradient_checkpointing_disable() first"
         )
     attention.operations = operations
     attention.reenter = partial(_applied, operations=operations)
-    layers = hf.decoder_layers(base)
-    editors: list[Editor] = []
-    skipped: frozenset[int] = frozenset()
-    suppressions = []
-    for operation in operations:
-        if isinstance(operation, Suppress):
-            suppressions.append(operation.bind(attention.batch, len(layers), base.config.num_attention_heads))
-        elif isinstance(operation, SkipAttention):
-            skipped |= operation.bind(len(layers))
-        else:
-            editors.append(operation.bind(attention.batch, len(layers)))
-    if suppressions:
-        _check_scores(attention, layers)
-        attention.wrapped = Suppression(suppressions)
+    layers = record.layers
+    subject = Subject(attention.columns, len(layers), record.base.config.num_attention_heads)
+    bound = [operation.bind(subject) for operation in operations]
+    if changing := doing(bound, "scores"):
+        attention.wrap(ChangedScores(changing), "scores")
     with ExitStack() as stack:
-        if editors:
+        if editors := doing(bound, "edit"):
             for number, layer in enumerate(layers):
-                stack.enter_context(_hook(layer.register_forward_pre_hook(_edit(attention, number, editors), with_kwargs=True)))
-        for number in skipped:
-            stack.enter_context(_hook(hf.attention_of(layers[number]).register_forward_hook(_silence(attention))))
+                hook = layer.register_forward_pre_hook(_edit(attention, number, editors), with_kwargs=True)
+                stack.callback(hook.remove)
+        if changers := doing(bound, "attended"):
+            for number, module in enumerate(record.attentions):
+                stack.callback(module.register_forward_hook(_change_output(attention, number, changers)).remove)
         yield stack.enter_context(follow(attention))
 
 
-@contextmanager
-def _hook(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _check_scores(attention: Attention, layers: Sequence[torch.nn.Module]) -> None:
-    if attention.backend.name not in ("eager", "sdpa"):
-        raise BackendError(
-            f"Suppress changes attention scores, which backend {attention.backend.name!r} cannot carry; use backend='eager' or "
-            "'sdpa'"
-        )
-    if not attention.facts.can_switch:
-        raise BackendError(
-            f"Suppress goes through transformers' attention interface, which {attention.facts.family} does not use"
-        )
-    for layer in layers:
-        hf.attention_function(hf.attention_of(layer), attention.backend.implementation)
-
-
-def _edit(attention: Attention, layer: int, editors: Sequence[Editor]) -> Any:
+def _edit(attention: Block, layer: int, editors: Sequence[Any]) -> Any:
     def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if running(attention.base) is not attention:
+        if running(attention.record) is not attention:
             return None  # another thread's forward, or that of a block inside this one
         hidden = args[0] if args else kwargs["hidden_states"]
-        batch = attention.batch
-        state = State(layer, attention.columns, batch, batch.repeats(len(hidden)))
+        state = State(layer, attention.queries, attention.columns, attention.columns.repeats(len(hidden)))
         edited = hidden
         for editor in editors:
             edited = editor.edit(state, edited)
@@ -146,12 +114,13 @@ def _edit(attention: Attention, layer: int, editors: Sequence[Editor]) -> Any:
     return before
 
 
-def _silence(attention: Attention) -> Any:
+def _change_output(attention: Block, layer: int, changers: Sequence[Any]) -> Any:
     def after(_module: Any, _args: tuple[Any, ...], output: Any) -> Any:
-        if running(attention.base) is not attention:
+        if running(attention.record) is not attention:
             return None
-        if isinstance(output, torch.Tensor):
-            return torch.zeros_like(output)
-        return (torch.zeros_like(output[0]), *output[1:])
+        changed = output if isinstance(output, torch.Tensor) else output[0]
+        for changer in changers:
+            changed = changer.attended(layer, changed)
+        return changed if isinstance(output, torch.Tensor) else (changed, *output[1:])
 
     return after

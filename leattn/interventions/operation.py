@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
-from leattn.attention.batch import Batch
 from leattn.errors import LeattnError
 from leattn.interventions.where import Where, all_but_the_last, as_mask, tokens_at
+from leattn.prompt.columns import Columns
 from leattn.prompt.compile import CompiledPrompt
 
 Layers: TypeAlias = int | Collection[int]
@@ -41,25 +41,25 @@ class Selection:
     generated: torch.Tensor
 
     @classmethod
-    def build(cls, batch: Batch, where: Where | None, rows: Sequence[int] | None, *, generated: bool = False) -> Selection:
+    def build(cls, columns: Columns, where: Where | None, rows: Sequence[int] | None, *, generated: bool = False) -> Selection:
         """``where`` in each prompt of ``rows`` (all of them for None); None is every token but the last of every sink."""
-        prompts = range(len(batch.prompts))
+        prompts = range(len(columns.prompts))
         chosen = checked_rows(rows, len(prompts))
-        columns = torch.zeros(len(prompts), batch.table.columns, dtype=torch.bool)
+        selected = torch.zeros(len(prompts), columns.width, dtype=torch.bool)
         for p in chosen:
-            prompt: CompiledPrompt = batch.prompts[p]
+            prompt: CompiledPrompt = columns.prompts[p]
             tokens = all_but_the_last(prompt) if where is None else tokens_at(prompt, where)
-            columns[p] = as_mask(tokens, prompt, batch.table.columns)
+            selected[p] = as_mask(tokens, prompt, columns.width)
         new = torch.tensor([generated and p in chosen for p in prompts])
-        return cls(columns, new)
+        return cls(selected, new)
 
-    def at(self, columns: range, rows_per_prompt: int, device: torch.device) -> torch.Tensor:
-        """The selection in some columns of the model's rows, ``[B, len(columns)]`` bool."""
+    def at(self, queries: range, repeats: int, device: torch.device) -> torch.Tensor:
+        """The selection in some columns of the model's rows, ``[B, Q]`` bool."""
         width = self.prompt_columns.shape[1]
-        index = torch.arange(columns.start, columns.stop)
+        index = torch.arange(queries.start, queries.stop)
         prompt_part = self.prompt_columns[:, index.clamp(max=width - 1)] & (index < width)
         selected = prompt_part | (self.generated[:, None] & (index >= width))
-        return selected.repeat_interleave(rows_per_prompt, 0).to(device)
+        return selected.repeat_interleave(repeats, 0).to(device)
 
 
 def checked_rows(rows: Sequence[int] | None, count: int) -> list[int]:
@@ -73,21 +73,49 @@ def checked_rows(rows: Sequence[int] | None, count: int) -> list[int]:
 
 
 @dataclass(frozen=True)
+class Subject:
+    """What an operation is bound to: prompts as columns, and how many layers and heads the model has."""
+
+    columns: Columns
+    layers: int
+    heads: int
+
+
+@dataclass(frozen=True)
 class State:
-    """The input of one layer in one forward: which layer, which columns, and how rows map to prompts."""
+    """The input of one layer in one forward: which layer, which columns its tokens stand in, and how rows map to prompts."""
 
     layer: int
-    columns: range
-    batch: Batch
-    rows_per_prompt: int
+    queries: range
+    columns: Columns
+    repeats: int
 
     def token_index(self, row: int, column: int) -> int:
         """The index of a column within its prompt, generated tokens counting on."""
-        return column - self.batch.table.padding[row // self.rows_per_prompt]
+        return column - self.columns.padding[row // self.repeats]
 
 
-class Editor(Protocol):
-    """A hidden-state operation that knows its prompts. May hold what it saw between layers of one forward."""
+class Operation(Protocol):
+    """Something to do to a model while it runs a prompt.
 
-    def edit(self, state: State, hidden: torch.Tensor) -> torch.Tensor:
-        """The input of ``state.layer``, ``[B, Q, d]``, edited; the same tensor where there is nothing to do."""
+    One of your own is any object with this method; see docs/extending.md.
+    """
+
+    def bind(self, subject: Subject) -> Any:
+        """The operation once it knows its prompts: names are resolved and everything is checked, before anything runs.
+
+        What comes back has one or more of these methods:
+
+        ``edit(state, hidden)``
+            The input of ``state.layer``, ``[B, Q, d]``, edited.
+        ``scores(call, scores, visible)``
+            The scaled (and soft-capped) scores of ``call.layer``, ``[B, H, Q, K]``, changed; ``visible`` broadcasts to them.
+            With a method ``touches(layer)``, only in layers for which it is true.
+        ``attended(layer, output)``
+            What the attention sublayer of a layer adds to the residual stream, ``[B, Q, d]``, changed.
+        """
+
+
+def doing(bound: Sequence[Any], method: str) -> list[Any]:
+    """The bound operations that have a method."""
+    return [operation for operation in bound if hasattr(operation, method)]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from leattn.attention.batch import Batch
 from leattn.attention.block import Call
 from leattn.errors import BackendError, LeattnError, choices
-from leattn.interventions.operation import Layers, Selection, checked_layers, checked_rows
+from leattn.interventions.operation import Layers, Selection, Subject, checked_layers, checked_rows
 from leattn.interventions.where import Where, tokens_at
 
 Mode = Literal["multiplicative", "additive", "weight"]
@@ -52,8 +51,8 @@ class Suppress:
     queries: Where | None = None
     rows: Sequence[int] | None = None
 
-    def bind(self, batch: Batch, layers: int, heads: int) -> BoundSuppress:
-        """Resolve names against prompts and check everything, before anything runs."""
+    def bind(self, subject: Subject) -> BoundSuppress:
+        prompts, width, heads = subject.columns.prompts, subject.columns.width, subject.heads
         if self.mode not in MODES:
             raise LeattnError(choices("mode", self.mode, MODES))
         if self.shift not in ("visible", "all"):
@@ -63,10 +62,9 @@ class Suppress:
             if not 0 <= head < heads:
                 raise LeattnError(f"Suppress names head {head}; this model has heads 0 to {heads - 1}")
         neutral = 0.0 if self.mode == "additive" else 1.0
-        columns = batch.table.columns
-        factors = torch.full((len(batch.prompts), columns), neutral)
-        for p in checked_rows(self.rows, len(batch.prompts)):
-            prompt = batch.prompts[p]
+        factors = torch.full((len(prompts), width), neutral)
+        for p in checked_rows(self.rows, len(prompts)):
+            prompt = prompts[p]
             tokens = tokens_at(prompt, self.tokens)
             given = [float(self.factor)] * len(tokens) if isinstance(self.factor, (int, float)) else list(self.factor)
             if len(given) != len(tokens):
@@ -75,9 +73,9 @@ class Suppress:
                 )
             if self.mode == "weight" and min(given, default=0.0) < 0:
                 raise LeattnError(f"a weight is multiplied by {min(given)}; weights stay positive, so give a factor >= 0")
-            factors[p, torch.tensor(tokens, dtype=torch.long) + columns - len(prompt)] = torch.tensor(given, dtype=torch.float)
-        queries = None if self.queries is None else Selection.build(batch, self.queries, self.rows)
-        named = checked_layers("Suppress", self.layers, layers)
+            factors[p, torch.tensor(tokens, dtype=torch.long) + width - len(prompt)] = torch.tensor(given, dtype=torch.float)
+        queries = None if self.queries is None else Selection.build(subject.columns, self.queries, self.rows)
+        named = checked_layers("Suppress", self.layers, subject.layers)
         return BoundSuppress(self, named, chosen, factors, neutral, queries)
 
 
@@ -93,14 +91,20 @@ class BoundSuppress:
     queries: Selection | None
 
     def touches(self, layer: int) -> bool:
+        """Whether anything changes in a layer; its scores are not computed twice for nothing."""
         return layer in self.layers and bool((self.factors != self.neutral).any())
 
-    def scores(self, call: Call, scores: torch.Tensor, visible: torch.Tensor, rows_per_prompt: int) -> torch.Tensor:
+    def scores(self, call: Call, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """Scaled (and soft-capped) scores ``[B, H, Q, K]``, changed where asked; ``visible`` broadcasts to them."""
+        if self.operation.shift == "all" and call.queries.start > 0:
+            raise BackendError(
+                "shift='all' lets later tokens change earlier rows, which a cache cannot follow; use_cache=False"
+            )
+        repeats = call.block.columns.repeats(len(scores))
         keys = scores.shape[-1]
         new = max(0, keys - self.factors.shape[1])
         factors = torch.nn.functional.pad(self.factors, (0, new), value=self.neutral)[:, :keys]
-        factors = factors.repeat_interleave(rows_per_prompt, 0).to(scores)[:, None, None]  # [B, 1, 1, K]
+        factors = factors.repeat_interleave(repeats, 0).to(scores)[:, None, None]  # [B, 1, 1, K]
         if self.operation.mode == "multiplicative":
             everything = scores if self.operation.shift == "all" else scores.masked_fill(~visible, torch.inf)
             least = everything.amin(-1, keepdim=True)
@@ -111,7 +115,7 @@ class BoundSuppress:
             changed = scores + factors.log().clamp(min=torch.finfo(scores.dtype).min / 4)
         asked = factors != self.neutral
         if self.queries is not None:
-            asked = asked & self.queries.at(call.columns, rows_per_prompt, scores.device)[:, None, :, None]
+            asked = asked & self.queries.at(call.queries, repeats, scores.device)[:, None, :, None]
         if self.heads is not None:
             of_heads = torch.zeros(scores.shape[1], dtype=torch.bool, device=scores.device)
             of_heads[self.heads] = True
@@ -119,30 +123,28 @@ class BoundSuppress:
         return torch.where(asked, changed, scores)
 
 
-class Suppression:
+class ChangedScores:
     """All score operations of a block, around a backend's attention: what they change becomes part of its mask."""
 
-    def __init__(self, operations: Sequence[BoundSuppress]) -> None:
+    def __init__(self, operations: Sequence[Any]) -> None:
         self.operations = operations
 
     def before(self, call: Call) -> torch.Tensor | None:
-        operations = [operation for operation in self.operations if operation.touches(call.layer)]
         mask: torch.Tensor | None = call.mask
-        if not operations or mask is None:
+        operations = [one for one in self.operations if not hasattr(one, "touches") or one.touches(call.layer)]
+        if not operations:
             return mask
-        for operation in operations:
-            if operation.operation.shift == "all" and call.columns.start > 0:
-                raise BackendError(
-                    "shift='all' lets later tokens change earlier rows, which a cache cannot follow; use_cache=False"
-                )
-        rows_per_prompt = call.attention.batch.repeats(len(call.query))
         scores = raw_scores(call)
+        if mask is None:  # plain text
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(
+                scores.shape[-1] - scores.shape[-2]
+            )
         visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         changed = scores
         for operation in operations:
-            changed = operation.scores(call, changed, visible, rows_per_prompt)
+            changed = operation.scores(call, changed, visible)
         if torch.equal(changed, scores):
-            return mask
+            return mask if call.mask is not None else None
         added = torch.zeros_like(mask, dtype=call.query.dtype).masked_fill(~visible, torch.finfo(call.query.dtype).min)
         added = added if mask.dtype == torch.bool else mask
         return (added + (changed - scores).to(added.dtype)).clamp(min=torch.finfo(added.dtype).min)

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import math
-import threading
 import warnings
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from transformers import DynamicCache
 
 from leattn.attention.attend import prepare
 from leattn.attention.block import follow
-from leattn.attention.kinds import ModelFacts
-from leattn.attention.probe import probing
-from leattn.dag.node import ICLNode
+from leattn.attention.probe import Sample
 from leattn.errors import BackendError, LeattnWarning
 from leattn.kv.node import NodeKV, node_kv
-from leattn.model import hf
+from leattn.model.record import Model, probing
 from leattn.model.turns import Turn, possible_turns
-from leattn.prompt.compile import CompiledPrompt, compile_prompt
+from leattn.prompt.compile import CompiledPrompt
 
 Turns = tuple[tuple[Turn | None, Turn | None], ...]
 """For every layer, how its keys and its values turn; None where position is not in them."""
@@ -29,70 +25,53 @@ Turns = tuple[tuple[Turn | None, Turn | None], ...]
 _FP32 = torch.finfo(torch.float32)
 _OFFSETS = (3, 57, 4096, 32768)
 """And the last one that the model was made for: low frequencies, and whatever begins past some length, show there alone."""
-_lock = threading.RLock()
-_certificates: WeakKeyDictionary[Any, _Certificate] = WeakKeyDictionary()
-
-
-def reuse_refusal(model: Any) -> str | None:
-    """Why a node's keys and values cannot be used again where the same sub-graph stands at the same positions, or None.
-
-    On a small graph of random tokens, every node's keys and values, computed with its ancestors alone, must equal those of the
-    whole graph, and what a node computes from them must equal the cold run, up to the rounding that another order of siblings
-    brings.
-    """
-    return _certificate(model).reuse
-
-
-def shift_refusal(model: Any) -> str | None:
-    """Why they cannot be used at other positions, or None. :func:`leattn.kv.rotary.shifted` moves them.
-
-    The whole graph is computed at other offsets, near and far; turned keys must equal the recomputed ones in all layers.
-    """
-    return _certificate(model).shift
-
-
-def turns_of(model: Any) -> Turns:
-    """How every layer's keys and values turn with the position, as measured.
-
-    Raises
-    ------
-    BackendError
-        :func:`shift_refusal` has a reason.
-    """
-    certificate = _certificate(model)
-    if certificate.shift is not None:
-        raise BackendError(f"keys of {type(model).__name__} cannot be moved to other positions: {certificate.shift}")
-    return certificate.turns
 
 
 @dataclass(frozen=True)
-class _Certificate:
+class Certificate:
+    """What holds for a model's keys and values.
+
+    Attributes
+    ----------
+    reuse
+        Why a node's keys and values cannot be used again where the same sub-graph stands at the same positions, or None. On a
+        small graph of random tokens, every node's keys and values, computed with its ancestors alone, must equal those of the
+        whole graph, and what a node computes from them must equal the cold run, up to the rounding that another order of
+        siblings brings.
+    shift
+        Why they cannot be used at other positions, or None. The whole graph is computed at other offsets, near and far; turned
+        keys must equal the recomputed ones in all layers.
+    turns
+        How every layer's keys and values turn with the position, as measured.
+    """
+
     reuse: str | None
     shift: str | None
     turns: Turns = ()
 
 
-def _certificate(model: Any) -> _Certificate:
-    base = hf.backbone(model)
-    with _lock:
-        if base not in _certificates:
-            facts = hf.read_facts(model)
-            with probing(model, facts), warnings.catch_warnings():
+def certificate(model: Any) -> Certificate:
+    """The certificate of a model, made once."""
+    record = Model.of(model)
+    with record.lock:
+        if record.certificate is None:
+            with probing(model), warnings.catch_warnings():
                 warnings.simplefilter("ignore", LeattnWarning)
-                _certificates[base] = _certify(model, facts)
-        return _certificates[base]
+                record.certificate = _certify(model, record)
+        made: Certificate = record.certificate
+        return made
 
 
-def _certify(model: Any, facts: ModelFacts) -> _Certificate:
-    graph = _Sample.draw(facts.vocabulary)
+def _certify(model: Any, record: Model) -> Certificate:
+    graph = Sample.draw(record.vocabulary)
     try:
-        cold = _run(model, graph.prompt())
-        swapped = _run(model, graph.prompt(swap=True))
+        cold = _run(model, record, graph.prompt())
+        swapped = _run(model, record, graph.prompt(swap=True))
         alone: dict[str, NodeKV] = {}
         for name in ("tail", "other", "left", "right"):  # each in a graph that is smaller than the whole one
-            alone.update(_run(model, graph.prompt(only=name)).nodes)
+            alone.update(_run(model, record, graph.prompt(only=name)).nodes)
     except BackendError as error:
-        return _Certificate(str(error), str(error))
+        return Certificate(str(error), str(error))
     # What rounding does: another order of the same nodes changes nothing else.
     noise = max(_largest_difference(swapped.nodes[name], kv) for name, kv in cold.nodes.items())
     allowed = min(64 * torch.finfo(cold.dtype).eps + 4 * noise, 0.2)
@@ -102,29 +81,30 @@ def _certify(model: Any, facts: ModelFacts) -> _Certificate:
             f"keys and values of a node computed with its ancestors alone differ from those of the whole graph by {worst:.1e} "
             f"({allowed:.1e} is rounding)"
         )
-        return _Certificate(reason, reason)
-    resumed = _difference(_resume(model, graph.prompt(), alone), cold.logits)
+        return Certificate(reason, reason)
+    resumed = _difference(_resume(model, record, graph.prompt(), alone), cold.logits)
     if resumed > allowed:
         reason = (
             f"what it computes from stored keys and values differs from a cold run by {resumed:.1e} ({allowed:.1e} is rounding)"
         )
-        return _Certificate(reason, reason)
-    return _certify_shift(model, facts, graph, cold, allowed)
+        return Certificate(reason, reason)
+    return _certify_shift(model, record, graph, cold, allowed)
 
 
-def _certify_shift(model: Any, facts: ModelFacts, graph: _Sample, cold: _Run, allowed: float) -> _Certificate:
+def _certify_shift(model: Any, record: Model, graph: Sample, cold: _Run, allowed: float) -> Certificate:
+    facts = record.facts
     if facts.rope_limit is not None:
-        return _Certificate(None, "its rotary angles depend on the length of the input (dynamic NTK, longrope)")
+        return Certificate(None, "its rotary angles depend on the length of the input (dynamic NTK, longrope)")
     limits = [limit for limit in (facts.position_limit, facts.trained_length) if limit is not None]
     last = min(limits, default=2 * _OFFSETS[-1]) - len(graph.prompt())
     starts = sorted(start for start in {*_OFFSETS, last} if 0 < start <= last)
     if not starts:
-        return _Certificate(None, f"{min(limits)} positions are too few to try it")
-    moved = [_run(model, graph.prompt(start=start)).nodes for start in starts]
+        return Certificate(None, f"{min(limits)} positions are too few to try it")
+    moved = [_run(model, record, graph.prompt(start=start)).nodes for start in starts]
     try:
-        possible = [possible_turns(hf.backbone(model), layer) for layer in range(len(cold.nodes["root"].keys))]
+        possible = [possible_turns(record, layer) for layer in range(len(cold.nodes["root"].keys))]
     except BackendError as error:
-        return _Certificate(None, str(error))
+        return Certificate(None, str(error))
     turns = []
     for layer, candidates in enumerate(possible):
         best = []
@@ -140,13 +120,13 @@ def _certify_shift(model: Any, facts: ModelFacts, graph: _Sample, cold: _Run, al
                 if off > limit:
                     learned = facts.position_limit is not None and not candidates
                     why = "its positions are learned" if learned else "no rotation of its family gives what is recomputed"
-                    return _Certificate(
+                    return Certificate(
                         None,
                         f"{why}: moved by {start} positions, the {part} of layer {layer} are off by {off:.1e} in "
                         f"{str(cold.dtype).removeprefix('torch.')} ({limit:.1e} is rounding)",
                     )
         turns.append((best[0], best[1]))
-    return _Certificate(None, None, tuple(turns))
+    return Certificate(None, None, tuple(turns))
 
 
 def _errors(turn: Turn | None, part: str, layer: int, cold: dict[str, NodeKV], moved: list[dict[str, NodeKV]]) -> list[float]:
@@ -182,36 +162,9 @@ class _Run:
     dtype: torch.dtype
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """A root, two siblings, a child of all three, a node that sees the child alone, and one that nobody sees."""
-
-    tokens: dict[str, list[int]]
-
-    @staticmethod
-    def draw(vocabulary: int) -> _Sample:
-        generator = torch.Generator().manual_seed(0)
-        lengths = {"root": 4, "left": 5, "right": 3, "child": 4, "tail": 3, "other": 2}
-        return _Sample({name: torch.randint(0, vocabulary, (n,), generator=generator).tolist() for name, n in lengths.items()})
-
-    def prompt(self, *, start: int = 0, swap: bool = False, only: str | None = None) -> CompiledPrompt:
-        """The whole graph, or one node with its ancestors. Everyone's position is relative to the root's."""
-        nodes = {"root": ICLNode(self.tokens["root"], id="root", start_pos_id=start)}
-
-        def add(name: str, *parents: str) -> None:
-            nodes[name] = ICLNode(self.tokens[name], [nodes[parent] for parent in parents], id=name)
-
-        for name in ("right", "left") if swap else ("left", "right"):
-            add(name, "root")
-        add("other", "root")
-        add("child", "root", "left", "right")
-        add("tail", "child")
-        return compile_prompt([nodes["tail"], nodes["other"]] if only is None else nodes[only])
-
-
-def _run(model: Any, prompt: CompiledPrompt) -> _Run:
+def _run(model: Any, record: Model, prompt: CompiledPrompt) -> _Run:
     cache = DynamicCache()
-    with follow(prepare(model, prompt)) as attention:
+    with follow(prepare(model, record, prompt)) as attention:
         output = model(**attention.inputs, use_cache=True, past_key_values=cache)
     nodes = {
         prompt.graph.name(node): node_kv(cache, slice(*span), int(prompt.position_ids[0, span[0]]))
@@ -221,7 +174,7 @@ def _run(model: Any, prompt: CompiledPrompt) -> _Run:
     return _Run(nodes, _logits(output)[slice(*prompt["child"].span)] if "child" in nodes else _logits(output), dtype)
 
 
-def _resume(model: Any, prompt: CompiledPrompt, stored: dict[str, NodeKV]) -> torch.Tensor:
+def _resume(model: Any, record: Model, prompt: CompiledPrompt, stored: dict[str, NodeKV]) -> torch.Tensor:
     """The logits of ``child``, computed from a cache that is put together from stored nodes, ``[n, V]``."""
     first, last = prompt["child"].span
     before = [stored[prompt.graph.name(node)] for node, span in prompt.spans.items() if span[1] <= first]
@@ -229,7 +182,7 @@ def _resume(model: Any, prompt: CompiledPrompt, stored: dict[str, NodeKV]) -> to
     for layer in range(len(before[0].keys)):
         keys, values = (torch.cat([getattr(kv, part)[layer] for kv in before], 1)[None] for part in ("keys", "values"))
         cache.update(keys, values, layer)
-    with follow(prepare(model, prompt)) as attention:
+    with follow(prepare(model, record, prompt)) as attention:
         output = model(input_ids=attention.inputs["input_ids"][:, first:last], use_cache=True, past_key_values=cache)
     return _logits(output)
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
 from leattn.errors import BackendError
-from leattn.model import hf
+from leattn.model.record import Model
 
 FORMAT = b"leattn-kv-1"
 """Changes with everything that makes old keys mean something else."""
@@ -38,9 +36,6 @@ _IRRELEVANT = {
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _GLANCE, _SAMPLE = 8, 64
 
-_lock = threading.Lock()
-_known: WeakKeyDictionary[Any, tuple[bytes, bytes]] = WeakKeyDictionary()
-
 
 def fingerprint(model: Any) -> bytes:
     """32 bytes that differ between models that compute different keys and values, and survive a restart.
@@ -62,7 +57,8 @@ def fingerprint(model: Any) -> bytes:
     >>> len(fingerprint(model)), fingerprint(model) == fingerprint(model)
     (32, True)
     """
-    base = hf.backbone(model)
+    record = Model.of(model)
+    base = record.base
     tensors = [*base.named_parameters(), *base.named_buffers()]
     for name, tensor in tensors:
         if tensor.is_meta:
@@ -72,12 +68,9 @@ def fingerprint(model: Any) -> bytes:
             )
     settings = _settings(base)
     glance = _glance(tensors, settings)
-    with _lock:
-        known = _known.get(base)
+    known = record.fingerprint
     if known is None or known[0] != glance:
-        known = glance, _digest(tensors, settings)
-        with _lock:
-            _known[base] = known
+        known = record.fingerprint = glance, _digest(tensors, settings)
     return known[1]
 
 

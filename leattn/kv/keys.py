@@ -58,8 +58,8 @@ def node_key(fingerprint: bytes, ids: Any, seen: Sequence[tuple[bytes, int]], st
 def prompt_keys(prompt: CompiledPrompt, fingerprint: bytes, *, shifting: bool) -> list[bytes]:
     """The key of every node of a prompt, in layout order, after edits (``without_edge``, ``without_node``).
 
-    ``shifting`` says whether the model's keys can be moved to other positions (:func:`leattn.kv.certify.shift_refusal` is
-    None); without it, a key carries the node's first position.
+    ``shifting`` says whether the model's keys can be moved to other positions (:func:`leattn.kv.certify.certificate`); without
+    it, a key carries the node's first position.
 
     Examples
     --------

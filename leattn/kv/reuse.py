@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from leattn.errors import BackendError, LeattnError
-from leattn.kv.certify import reuse_refusal, shift_refusal
+from leattn.kv.certify import certificate
 from leattn.kv.fingerprint import fingerprint
 from leattn.kv.keys import node_key
 from leattn.kv.node import NodeKV, node_kv
 from leattn.kv.rotary import shifted
 from leattn.kv.store import KVStore
-from leattn.model import hf
+from leattn.model.record import Model
 
 
 class Reuse:
@@ -28,15 +28,14 @@ class Reuse:
         Measured on this model, keys and values of a node computed in another prompt are not what they would be in this one.
     """
 
-    def __init__(self, model: Any, store: KVStore) -> None:
+    def __init__(self, model: Any, record: Model, store: KVStore) -> None:
         if not isinstance(store, KVStore):
             raise LeattnError(f"kv_store is a leattn.KVStore, not {store!r}; make one with leattn.KVStore(max_bytes=...)")
-        reason = reuse_refusal(model)
-        if reason is not None:
-            raise BackendError(f"kv_store cannot serve {type(model).__name__}: {reason}")
-        self.model, self.store = model, store
-        self.device = hf.read_facts(model).device
-        self.shifts = shift_refusal(model) is None
+        certified = certificate(model)
+        if certified.reuse is not None:
+            raise BackendError(f"kv_store cannot serve {type(model).__name__}: {certified.reuse}")
+        self.model, self.store, self.device = model, store, record.device
+        self.shifts = certified.shift is None
         self.fingerprint = fingerprint(model)
 
     def key(self, ids: Sequence[int], seen: Sequence[tuple[bytes, int]], start: int) -> bytes:

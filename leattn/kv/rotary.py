@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from leattn.kv.certify import turns_of
+from leattn.errors import BackendError
+from leattn.kv.certify import certificate
 from leattn.kv.node import NodeKV
 from leattn.model.turns import Angle, Angles, Turn
 
@@ -21,7 +22,7 @@ def shifted(model: Any, kv: NodeKV, start: int) -> NodeKV:
     Raises
     ------
     BackendError
-        :func:`leattn.kv.certify.shift_refusal` says why this model's keys cannot be moved.
+        The certificate of the model says why this model's keys cannot be moved.
 
     Examples
     --------
@@ -41,7 +42,10 @@ def shifted(model: Any, kv: NodeKV, start: int) -> NodeKV:
     """
     if start == kv.start:
         return kv
-    turns = turns_of(model)
+    certified = certificate(model)
+    if certified.shift is not None:
+        raise BackendError(f"keys of {type(model).__name__} cannot be moved to other positions: {certified.shift}")
+    turns = certified.turns
     angles: dict[Angle, Angles] = {}
     steps = torch.arange(len(kv), device=kv.keys[0].device)
     old, new = steps + kv.start, steps + start

@@ -6,10 +6,8 @@ import os
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from html import escape
-from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,15 +15,6 @@ from leattn.errors import LeattnError, LeattnWarning
 from leattn.kv.disk import DamagedEntry, Directory
 from leattn.kv.keys import KEY_BYTES
 from leattn.kv.node import NodeKV
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from leattn.dag.graph import ICLGraph
-    from leattn.dag.node import ICLNode
-    from leattn.prompt.compile import CompiledPrompt
-    from leattn.prompt.positions import Positions
-    from leattn.prompt.visible import Visibility
 
 
 @dataclass(frozen=True)
@@ -140,45 +129,6 @@ class KVStore:
             self._held = 0
         if self._directory is not None:
             self._directory.clear()
-
-    def warm(
-        self,
-        model: Any,
-        nodes: CompiledPrompt | ICLGraph | ICLNode | Iterable[ICLNode],
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        *,
-        positions: Positions = "after_parents",
-        visibility: Visibility = "parents",
-        progress: bool = True,
-    ) -> None:
-        """Compute nodes and everything they see, so that later prompts find them here.
-
-        Parameters
-        ----------
-        model, nodes, tokenizer, positions, visibility
-            As for :func:`leattn.compile_prompt` and :func:`leattn.forward`; what is here already is not computed again.
-        progress
-            A progress bar over the nodes.
-
-        Raises
-        ------
-        LeattnError
-            As ``compile_prompt`` and ``forward`` do.
-
-        Examples
-        --------
-        >>> import leattn
-        >>> model, tokenizer = leattn.tiny.load()
-        >>> documents = leattn.parallel(["The sky is blue.", "Snow is white."])
-        >>> store = KVStore()
-        >>> store.warm(model, documents, tokenizer, progress=False)
-        >>> len(store)
-        2
-        """
-        # The one import of a higher layer: the method belongs to the store, its knowledge to generation.
-        from leattn.generation.fill import warm
-
-        warm(self, model, nodes, tokenizer, positions=positions, visibility=visibility, progress=progress)
 
     @property
     def nbytes(self) -> int:

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
+
+from leattn.errors import BackendError
 
 
 class ArenaLayer(DynamicLayer):
@@ -99,3 +101,28 @@ class Arena(DynamicCache):
         """Drop all columns but these, ``[n]`` ascending, in every layer."""
         for layer in self.layers:
             layer.keep(columns)
+
+
+def full_length_cache(cache: Any) -> Any:
+    """A cache that keeps every key, which windows measured in positions need.
+
+    The default cache of a sliding-window model drops keys by index. An empty ``DynamicCache`` is changed in place (``generate``
+    made it and holds on to it); one that dropped keys already, or cannot grow, is refused.
+    """
+    if cache is None:
+        return DynamicCache()
+    if not any(getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", [])):
+        return cache
+    if not isinstance(cache, DynamicCache) or cache.get_seq_length() > 0:
+        raise BackendError(
+            f"a {type(cache).__name__} with sliding-window layers drops keys by index, but windows on a graph are measured in "
+            "positions; pass past_key_values=DynamicCache() (built without the config) or leave the cache to the model"
+        )
+    layers: list[Any] = cache.layers
+    cache.layers = [DynamicLayer() if layer.is_sliding else layer for layer in layers]  # type: ignore[no-untyped-call]
+    return cache
+
+
+def cached_tokens(cache: Any) -> int:
+    """Columns that a cache holds already."""
+    return int(cache.get_seq_length()) if isinstance(cache, Cache) else 0

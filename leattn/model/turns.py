@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from leattn.model import hf
+from leattn.model.record import Model
 
 Angles = tuple[torch.Tensor, torch.Tensor]
 
@@ -69,21 +69,20 @@ class Turn:
         return result
 
 
-def possible_turns(base: torch.nn.Module, index: int) -> list[Turn]:
-    """All the ways in which layer ``index`` of a backbone might turn what it caches, most likely first.
+def possible_turns(record: Model, index: int) -> list[Turn]:
+    """All the ways in which layer ``index`` of a model might turn what it caches, most likely first.
 
     Raises
     ------
     BackendError
         Layers that leattn does not find its way in.
     """
-    layers = hf.decoder_layers(cast(Any, base))
-    attention = hf.attention_of(layers[index])
+    layers, attention = record.layers, record.attentions[index]
     library = vars(sys.modules[type(attention).__module__])
     functions = [library[name] for name in ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave") if name in library]
     return [
         Turn(angle, function, part)
-        for angle in _angles(base, layers, index, attention)
+        for angle in _angles(record.base, layers, index, attention)
         for function in functions
         for part in ("all", "first", "last")
     ]

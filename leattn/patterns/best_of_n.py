@@ -13,10 +13,10 @@ from leattn.errors import LeattnError, choices
 from leattn.generation.generate import generate
 from leattn.generation.program import build
 from leattn.generation.result import Generation
-from leattn.generation.workspace import workspace
+from leattn.generation.session import session
 from leattn.kv.store import KVStore
+from leattn.model.record import Model
 from leattn.patterns.drafts import sampled, texts_of
-from leattn.patterns.prefill import prefill
 from leattn.patterns.table import html_table
 from leattn.prompt.compile import compile_prompt
 from leattn.prompt.positions import Positions
@@ -137,15 +137,13 @@ def _mean_logprobs(
     """The score of each of the named nodes; logits are made for their written tokens alone, ``[T, V]``."""
     realised = generation.realised
     prompt = compile_prompt([realised[name] for name in names], tokenizer, positions=positions, visibility=visibility)
-    program, _ = build([prompt], tokenizer, positions=positions, visibility=visibility)
-    tokens = {prompt.graph.index[prompt.graph[name]]: generation.branches[name][0].token_ids for name in names}
-    with workspace(model, program, backend=backend, kv_store=kv_store) as work:
-        feeds, last = prefill(work, list(tokens))
-        # Each token is predicted by the one before it.
-        rows = [row for i, new in tokens.items() for row in range(last[i] - len(new), last[i])]
-        logits = work.feed(feeds, rows).logits[0]
+    program, _ = build([prompt], tokenizer)
+    tokens = {name: generation.branches[name][0].token_ids for name in names}
+    last = {prompt.graph.index[prompt.graph[name]]: len(new) + 1 for name, new in tokens.items()}
+    with session(model, Model.of(model), program, backend=backend, kv_store=kv_store) as work:
+        logits = work.logits(last).logits[0]
     scores = {}
-    for name, new, own in zip(names, tokens.values(), logits.split([len(new) for new in tokens.values()]), strict=True):
-        logprobs = own.float().log_softmax(-1).gather(1, new.to(own.device)[:, None])  # [n, 1]
+    for name, new, own in zip(names, tokens.values(), logits.split(list(last.values())), strict=True):
+        logprobs = own[:-1].float().log_softmax(-1).gather(1, new.to(own.device)[:, None])  # [n, 1]
         scores[name] = float(logprobs.mean()) if len(new) else -math.inf
     return scores

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 from tqdm.auto import tqdm
 
-from leattn.attention.attend import check_last_position
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode
 from leattn.errors import LeattnError, choices
@@ -19,13 +18,12 @@ from leattn.generation.branch import Branch, decoder
 from leattn.generation.program import build
 from leattn.generation.result import Generation, Sequence, Stats
 from leattn.generation.sampling import Sampling, branch_seed
-from leattn.generation.workspace import Feed, Workspace, workspace
+from leattn.generation.session import Feed, session
 from leattn.kv.store import KVStore
-from leattn.model import hf
-from leattn.patterns.prefill import prefill
+from leattn.model.record import Model
 from leattn.patterns.table import html_table
 from leattn.prompt.compile import CompiledPrompt, compile_prompt
-from leattn.prompt.positions import Positions
+from leattn.prompt.positions import Positions, scheme_of
 from leattn.prompt.visible import Visibility
 
 if TYPE_CHECKING:
@@ -167,9 +165,9 @@ def paraphrase_ensemble(
                 f"{name} is for leattn.generate; an ensemble writes one text, its phrasings in step: leave it out"
             )
     prompt = phrasings if isinstance(phrasings, CompiledPrompt) else _compiled(phrasings, tokenizer, positions, visibility)
-    program, (part,) = build([prompt], prompt.tokenizer, positions=positions, visibility=visibility)
-    facts = hf.read_facts(model)
-    sampling = Sampling(model, hf_generate_kwargs, facts.device)
+    program, (part,) = build([prompt], prompt.tokenizer)
+    record = Model.of(model)
+    sampling = Sampling(model, hf_generate_kwargs, record.device)
     if prompt.tokenizer is None and sampling.stop:
         raise LeattnError("stop strings are text, and there is no tokenizer to decode with; give one, or use eos_token_id")
     sinks = [prompt.graph.index[sink] for sink in prompt.graph.sinks]
@@ -177,7 +175,7 @@ def paraphrase_ensemble(
     limit = sampling.limit({}, len(prompt))
     if not limit:
         raise LeattnError(f"max_length leaves no token to write after a graph of {len(prompt)} tokens; use max_new_tokens")
-    check_last_position(max(ends) + limit, f"the last position may be {max(ends) + limit}", facts)
+    record.limits.check_last_position(max(ends) + limit, f"the last position may be {max(ends) + limit}")
     if seed is None:
         seed = int(torch.randint(2**62, ()))  # so that torch.manual_seed is honoured
     chooser = sampling.chooser({}, prompt.input_ids[0].tolist(), branch_seed(seed, NAME))
@@ -189,10 +187,9 @@ def paraphrase_ensemble(
     continuations = list(part.branches.values())
     with (
         tqdm(total=limit, unit="token", disable=not progress) as bar,
-        workspace(model, program, backend=backend, kv_store=kv_store) as work,
+        session(model, record, program, backend=backend, kv_store=kv_store) as work,
     ):
-        feeds, last = prefill(work, sinks)
-        logprobs = _logprobs(work, feeds, last.values())
+        logprobs = work.logits(dict.fromkeys(sinks, 1)).logits[0].float().log_softmax(-1)
         first_step = logprobs.exp()
         while not branch.finished:
             together = _mean(logprobs, mean)
@@ -205,28 +202,23 @@ def paraphrase_ensemble(
                 branch.finish()
             if not branch.finished:
                 feeds = [Feed(i, branch.ids[-1:], False) for i in continuations]
-                logprobs = _logprobs(work, feeds, range(len(feeds)))
+                logprobs = work.step(feeds, range(len(feeds))).logits[0].float().log_softmax(-1)
         for i in continuations:
             work.complete(i, branch.ids)
-    stats = Stats(work.computed, work.reused, len(branch.ids), work.attention.forwards, time.perf_counter() - started)
+    stats = Stats(work.computed, work.reused, len(branch.ids), work.block.forwards, time.perf_counter() - started)
     said = (Sequence(branch.text, torch.tensor(branch.ids, dtype=torch.long)),)
-    generation = Generation(prompt.graph, prompt, dict.fromkeys(part.branches, said), work.attention.backend.name, stats)
+    generation = Generation(prompt.graph, prompt, dict.fromkeys(part.branches, said), work.block.backend.name, stats)
     return Ensemble(torch.stack(best).cpu(), torch.stack(steps).cpu(), first_step.cpu(), generation)
 
 
 def _compiled(phrasings: Any, tokenizer: Any, positions: Positions, visibility: Visibility) -> CompiledPrompt:
     prompt = compile_prompt(phrasings, tokenizer, positions=positions, visibility=visibility)
-    if positions == "sequential" and len(prompt.graph.sinks) > 1:
+    if len(prompt.graph.sinks) > 1 and scheme_of(positions).branches_collide:
         raise LeattnError(
-            f"with positions='sequential' the {len(prompt.graph.sinks)} phrasings would go on at each other's positions; "
+            f"with positions={positions!r} the {len(prompt.graph.sinks)} phrasings would go on at each other's positions; "
             "use 'after_parents', or pin them with end_pos_id"
         )
     return prompt
-
-
-def _logprobs(work: Workspace, feeds: list[Feed], rows: Iterable[int]) -> torch.Tensor:
-    logits: torch.Tensor = work.feed(feeds, list(rows)).logits[0]
-    return logits.float().log_softmax(-1)
 
 
 def _mean(logprobs: torch.Tensor, mean: Mean) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,12 +17,13 @@ from leattn.dag.node import ICLNode
 from leattn.dag.tokens import tokenize_all
 from leattn.errors import CompileError, GraphError, LeattnError
 from leattn.prompt import masks
+from leattn.prompt.columns import Columns
 from leattn.prompt.positions import Positions, start_positions
 from leattn.prompt.text import prompt_html, prompt_text
 from leattn.prompt.visible import Visibility, Visible, visible_relation
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -87,24 +88,23 @@ class CompiledPrompt:
         """Attending pairs over the pairs of a plain causal prompt of the same length: 1.0 if everyone sees everything."""
         return self.pairs / (len(self) * (len(self) + 1) // 2)
 
+    @cached_property
+    def columns(self) -> Columns:
+        """The tokens as columns, on the prompt's device: what every mask is made of."""
+        return Columns.of_prompts([self], self.input_ids.device)
+
     def dense_mask(self) -> torch.Tensor:
         """Boolean ``[S, S]``, rows are queries. The only thing here, with :meth:`additive_mask`, that takes S × S memory."""
-        return masks.dense_mask(self.visible, self.offsets).to(self.input_ids.device)
+        return self.columns.dense(range(len(self)), len(self))[0]
 
     def additive_mask(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """``[1, 1, S, S]``: 0 where a token may attend and the smallest number of ``dtype`` elsewhere."""
         return masks.additive(self.dense_mask(), dtype)[None, None]
 
-    @cached_property
-    def mask_table(self) -> masks.MaskTable:
-        """The visible relation on token level, continuation included, as tensors on the prompt's device."""
-        table = masks.MaskTable.build([self.visible], [self.offsets], [self.position_ids[0].cpu()])
-        return table.to(self.input_ids.device)
-
     @property
     def mask_mod(self) -> masks.MaskMod:
         """The mask as a function ``(b, h, q_idx, kv_idx)`` for flex_attention; the same for every row and head."""
-        mask_mod = self.mask_table.mask_mod()
+        mask_mod = masks.column_mask_mod(self.columns, range(len(self)), len(self))
 
         def dag_mask(b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
             return mask_mod(b * 0, h, q_idx, kv_idx)
@@ -115,26 +115,9 @@ class CompiledPrompt:
         """The ``BlockMask`` of flex_attention, ``[1, 1, S, S]`` in blocks, straight from node spans."""
         size = len(self)
         prompt = self if device is None else self.to(device)
-        counts = masks.block_counts(self.visible, self.offsets, range(size), size, block_size)
-        on_device = torch.from_numpy(counts)[None].to(prompt.input_ids.device)
-        return masks.block_mask_from_counts(on_device, (size, size), block_size, prompt.mask_mod)
-
-    def inputs(self, model: PreTrainedModel) -> dict[str, Any]:
-        """Keyword arguments for ``model(**prompt.inputs(model))``: ids, positions and the mask.
-
-        The mask has the form that the model's current implementation needs: additive for eager, boolean for sdpa, a
-        ``BlockMask`` for flex_attention, and a dict with one of them per layer type for a model that mixes full and
-        sliding-window layers. :func:`leattn.attend` needs none of this; it is for loops of one's own.
-
-        Raises
-        ------
-        BackendError
-            The model, or its implementation, cannot follow a graph.
-        """
-        # The one import of a higher layer: the method belongs to the prompt, its knowledge to the backends.
-        from leattn.attention.inputs import model_inputs
-
-        return model_inputs(model, self)
+        (stretches,) = prompt.columns.stretches(range(size))
+        counts = torch.from_numpy(masks.block_counts(stretches, range(size), size, block_size))
+        return masks.block_mask_from_counts(counts[None].to(prompt.input_ids.device), (size, size), block_size, prompt.mask_mod)
 
     def to(self, device: torch.device | str) -> CompiledPrompt:
         """A copy with its tensors on ``device``."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -15,8 +16,58 @@ from leattn.errors import CompileError, LeattnError, LeattnWarning, choices
 from leattn.prompt.visible import Visible
 
 Starts: TypeAlias = Sequence[int] | Mapping[ICLNode, int]
-Positions: TypeAlias = Literal["after_parents", "sequential", "restart"] | Callable[[ICLGraph, dict[ICLNode, int]], Starts]
-SCHEMES = ("after_parents", "sequential", "restart")
+StartsOf: TypeAlias = Callable[[ICLGraph, dict[ICLNode, int]], Starts | None]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A way to number positions. One of your own is passed as ``positions=``, or just its function.
+
+    Attributes
+    ----------
+    starts
+        From the graph and ``{node: tokens}`` to the first position of every node, in layout order or by node; None where every
+        node starts at the furthest end of what it sees.
+    known_before_writing
+        Whether it holds for graphs in which nodes are still to be written, whose lengths are not known.
+    branches_collide
+        Whether what continues one sink would stand at the positions of another.
+    """
+
+    starts: StartsOf
+    known_before_writing: bool = False
+    branches_collide: bool = False
+
+
+Positions: TypeAlias = Literal["after_parents", "sequential", "restart"] | StartsOf | Scheme
+SCHEMES = {
+    "after_parents": Scheme(lambda _graph, _lengths: None, known_before_writing=True),
+    "sequential": Scheme(lambda _graph, lengths: [0, *np.cumsum(list(lengths.values())[:-1]).tolist()], branches_collide=True),
+    "restart": Scheme(lambda graph, _lengths: [0] * len(graph), known_before_writing=True),
+}
+
+
+def scheme_of(positions: Positions) -> Scheme:
+    """The scheme by its name, or one of the user's own.
+
+    Raises
+    ------
+    LeattnError
+        An unknown name.
+    """
+    if isinstance(positions, Scheme):
+        return positions
+    if callable(positions):
+        return Scheme(positions)
+    if positions not in SCHEMES:
+        raise LeattnError(choices("positions", positions, SCHEMES) + ", or give a callable (graph, lengths) → starts")
+    return SCHEMES[positions]
+
+
+def after_seen(ends: Iterable[int | None]) -> int | None:
+    """Where a node starts by itself: at the furthest end of what it sees, 0 for a root; None while an end is not known."""
+    known = list(ends)
+    return None if None in known else max(known, default=0)  # type: ignore[type-var]
 
 
 def start_positions(graph: ICLGraph, lengths: Sequence[int], visible: Visible, scheme: Positions) -> npt.NDArray[np.int64]:
@@ -36,18 +87,8 @@ def start_positions(graph: ICLGraph, lengths: Sequence[int], visible: Visible, s
     LeattnWarning
         A node pinned before the end of something it sees: relative positions there are negative.
     """
-    pinned = [_pin(graph, node, length) for node, length in zip(graph.nodes, lengths, strict=True)]
-    if callable(scheme):
-        given = _called(graph, lengths, scheme)
-    elif scheme == "sequential":
-        given = [0, *np.cumsum(lengths[:-1]).tolist()]
-    elif scheme == "restart":
-        given = [0] * len(lengths)
-    elif scheme == "after_parents":
-        given = None
-    else:
-        raise LeattnError(choices("positions", scheme, SCHEMES) + ", or give a callable (graph, lengths) → starts")
-
+    pinned = [pinned_start(graph, node, length) for node, length in zip(graph.nodes, lengths, strict=True)]
+    given = given_starts(graph, lengths, scheme_of(scheme))
     count = len(lengths)
     starts = np.zeros(count, np.int64)
     ends = np.zeros(count, np.int64)
@@ -78,7 +119,8 @@ def start_positions(graph: ICLGraph, lengths: Sequence[int], visible: Visible, s
     return starts
 
 
-def _pin(graph: ICLGraph, node: ICLNode, length: int) -> int | None:
+def pinned_start(graph: ICLGraph, node: ICLNode, length: int) -> int | None:
+    """The first position of a node that is pinned, or None."""
     if node.end_pos_id is None:
         return node.start_pos_id
     if node.end_pos_id < length:
@@ -89,8 +131,11 @@ def _pin(graph: ICLGraph, node: ICLNode, length: int) -> int | None:
     return node.end_pos_id - length
 
 
-def _called(graph: ICLGraph, lengths: Sequence[int], scheme: Callable[[ICLGraph, dict[ICLNode, int]], Starts]) -> list[int]:
-    given = scheme(graph, dict(zip(graph.nodes, lengths, strict=True)))
+def given_starts(graph: ICLGraph, lengths: Sequence[int], scheme: Scheme) -> list[int] | None:
+    """What a scheme says, in layout order, apart from pins; None where nodes start after what they see."""
+    given = scheme.starts(graph, dict(zip(graph.nodes, lengths, strict=True)))
+    if given is None:
+        return None
     if isinstance(given, Mapping):
         missing = [graph.names[node] for node in graph.nodes if node not in given]
         if missing:

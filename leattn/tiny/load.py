@@ -69,7 +69,7 @@ def load(path: str | Path = WEIGHTS) -> tuple[LlamaForCausalLM, PreTrainedTokeni
     >>> docs = [ICLNode(text, parents=[bos]) for text in texts]
     >>> q = ICLNode("\\nQ: What is the capital of Zarvia?\\nA:", parents=[bos, *docs])
     >>> prompt = leattn.compile_prompt(q, tokenizer)
-    >>> logits = model(**prompt.inputs(model)).logits  # [1, S, vocabulary]
+    >>> logits = model(**leattn.model_inputs(model, prompt)).logits  # [1, S, vocabulary]
     >>> tokenizer.decode(logits[0, -1].argmax())
     ' Lumo'
     """

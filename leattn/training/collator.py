@@ -11,7 +11,7 @@ from torch.utils.data import get_worker_info
 
 from leattn.attention.inputs import input_form
 from leattn.errors import BackendError, LeattnError
-from leattn.model import hf
+from leattn.model.record import Model
 from leattn.training.example import Example
 from leattn.training.loss import IGNORED
 
@@ -62,7 +62,7 @@ class Collator:
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self.form = input_form(model)
         self.tokenizer = tokenizer
-        self._base = weakref.ref(hf.backbone(model))
+        self._base = weakref.ref(Model.of(model).base)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """The batch, padded on the left.
@@ -98,7 +98,7 @@ class Collator:
     def _device(self) -> torch.device:
         """Where masks are made, after making sure that they are the ones the model takes."""
         base = self._base()
-        made_for = self.form.facts.implementation
+        made_for = self.form.implementation
         if base is not None and base.config._attn_implementation != made_for:
             raise BackendError(
                 f"this collator was made for {made_for!r} and the model runs {base.config._attn_implementation!r} now, which "
@@ -111,7 +111,7 @@ class Collator:
                 "flex_attention's masks are made on the model's device and cannot leave a worker process; "
                 "set dataloader_num_workers=0, or train with sdpa"
             )
-        return base.device
+        return Model.of(base).device
 
     def __getstate__(self) -> dict[str, Any]:
         self._device()

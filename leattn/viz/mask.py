@@ -13,6 +13,7 @@ from matplotlib.path import Path as Outline
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from leattn.errors import LeattnError, choices
+from leattn.prompt.columns import Row
 from leattn.prompt.masks import block_counts
 from leattn.viz.brackets import Brackets
 from leattn.viz.style import (
@@ -200,7 +201,8 @@ def own_outline(start: int, end: int, *, stairs: bool) -> FloatArray:
 def _draw_image(ax: Axes, visible: Visible, bounds: npt.NDArray[np.int64]) -> None:
     total = int(bounds[-1])
     block = -(-total // IMAGE_CELLS)
-    share = block_counts(visible, bounds.tolist(), range(total), total, block) / block**2
+    stretches = Row(visible, bounds.tolist()).stretches(range(total))
+    share = block_counts(stretches, range(total), total, block) / block**2
     middle = np.minimum(np.arange(len(share)) * block + block // 2, total - 1)
     node = np.searchsorted(bounds, middle, side="right") - 1
     colours = shades(len(bounds) - 1)[node_shades(len(bounds) - 1)[node]]

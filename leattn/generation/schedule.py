@@ -1,7 +1,7 @@
 """A program as it runs: one sequence, one cache, one forward per step.
 
 A step feeds one token of every branch that is being written, and all tokens of what the branches that can start now still need:
-their headers, and whatever those see that is neither on the tape nor in the store. Nothing is computed twice, and nothing that
+their headers, and whatever those see that is neither in the cache nor in the store. Nothing is computed twice, and nothing that
 no branch needs.
 """
 
@@ -14,18 +14,18 @@ import torch
 
 from leattn.generation.branch import Branch, Decode
 from leattn.generation.sampling import Chooser, Sampling, Streamer, branch_seed
-from leattn.generation.workspace import Feed, Workspace
+from leattn.generation.session import Feed, Session
 
 COMPACT = 4096
 """Columns from which on it is worth looking whether half of them are still needed."""
 
 
-class Run:
+class Schedule:
     """The schedule of a program. ``branches`` are what is being or was written, by unit."""
 
     def __init__(
         self,
-        work: Workspace,
+        work: Session,
         sampling: Sampling,
         *,
         seed: int,
@@ -71,7 +71,7 @@ class Run:
             if not queue:
                 if not self._can_start:
                     break
-                self.work.demand([heapq.heappop(self._can_start)], compute=self.program.followers)
+                self.work.place([heapq.heappop(self._can_start)], compute=self.program.followers)
                 continue
             unit, ids = queue[0]
             new = len(self._starting(unit))
@@ -103,7 +103,7 @@ class Run:
             if branches:
                 rows.append(last)
                 speaking.append(branches)
-        logits = self.work.feed(feeds, rows).logits[0]
+        logits = self.work.step(feeds, rows).logits[0]
         likeliest = logits.argmax(-1).tolist()
         for row, branches in enumerate(speaking):
             for i in branches:
@@ -150,11 +150,11 @@ class Run:
                 heapq.heappush(self._can_start, j)
 
     def _compact(self) -> None:
-        """Drop what no unfinished branch can still see, once that is most of the tape."""
-        if len(self.work.tape) < self._compact_at or self.work.queue:
+        """Drop what no unfinished branch can still see, once that is most of the cache."""
+        if self.work.row.length < self._compact_at or self.work.queue:
             return
         unfinished = {i for i in self.program.written if i not in self.branches or not self.branches[i].finished}
         to_come = unfinished | {j for i in unfinished for j in self.program.upwards(i) if not self.work.is_placed(j)}
         needed = to_come | {j for i in to_come for j in self.program.sees[i]}
         self.work.forget_all_but(needed)
-        self._compact_at = max(COMPACT, 2 * len(self.work.tape))
+        self._compact_at = max(COMPACT, 2 * self.work.row.length)

@@ -1,0 +1,69 @@
+"""The backends by name, and the one policy of ``"auto"``."""
+
+from __future__ import annotations
+
+import torch
+
+from leattn.attention.dense import Eager, Sdpa
+from leattn.attention.flex import Flex
+from leattn.attention.request import Backend
+from leattn.attention.sparse import Sparse
+from leattn.errors import BackendError, choices
+from leattn.model.record import Model
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (Eager(), Sdpa(), Flex(), Sparse("sparse"), Sparse("varlen", packs=True))
+}
+AUTO = ("sparse", "sdpa", "eager", "flex")
+"""What ``"auto"`` tries, but for the model's current implementation, which goes before the other ones of transformers."""
+
+
+def named(backend: str | Backend) -> Backend:
+    """A backend by its name, or one of the user's own as it is.
+
+    Raises
+    ------
+    BackendError
+        An unknown name.
+    """
+    if not isinstance(backend, str):
+        missing = [name for name in ("name", "implementation", "carries", "refusal", "attention") if not hasattr(backend, name)]
+        if missing:
+            raise BackendError(f"a backend has {missing[0]!r}, which {backend!r} lacks; see leattn.attention.request.Backend")
+        return backend
+    if backend not in BACKENDS:
+        raise BackendError(choices("backend", backend, ["auto", *BACKENDS]))
+    return BACKENDS[backend]
+
+
+def automatic(record: Model, *, plain: bool) -> list[Backend]:
+    """What ``"auto"`` tries, best first. Plain text stays on the model's current implementation."""
+    current = record.implementation
+    order = sorted((BACKENDS[name] for name in AUTO), key=lambda backend: backend.implementation not in (None, current))
+    return sorted(order, key=lambda backend: backend.implementation is None) if plain else order
+
+
+def refusal(backend: Backend, record: Model, device: torch.device) -> str | None:
+    """Why a backend cannot serve such a model, as far as its config tells; None if it may."""
+    facts = record.facts
+    if facts.stateful:
+        return (
+            "it carries a recurrent state from token to token, which leaks past any attention mask; "
+            "use a model whose layers are all attention"
+        )
+    if not facts.takes_positions or facts.family == "gpt_neo":
+        return (
+            "its attention depends on the index in the sequence (ALiBi, or windows by index), which a graph's positions cannot "
+            "reach; use a model with rotary or learned positions"
+        )
+    if facts.chunked:
+        return "its chunked attention cuts by index, not by position; use a model with full or sliding-window attention"
+    reason = backend.refusal(facts, device)
+    if reason is None and not facts.can_switch and record.implementation != backend.implementation:
+        return (
+            f"{facts.family} fixes its attention implementation when it is loaded, here {record.implementation!r}; "
+            f"load it with attn_implementation={backend.implementation!r}"
+            if backend.implementation is not None
+            else f"{facts.family} fixes its attention implementation when it is loaded, here {record.implementation!r}"
+        )
+    return reason

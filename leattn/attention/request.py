@@ -1,0 +1,216 @@
+"""What a model asks for when it asks for a mask, and what a backend is: something that answers with attention.
+
+Shapes: P prompts, B rows (a multiple of P: beams and return sequences repeat a prompt's row), H heads, Q queries, K keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+
+from leattn.errors import BackendError, LeattnError, choices
+from leattn.model.facts import Facts
+from leattn.model.registry import attention_function
+from leattn.prompt.columns import Columns
+from leattn.prompt.masks import additive
+
+MaskMode: TypeAlias = Literal["combine", "replace"]
+
+Need: TypeAlias = Literal["weights", "scores", "mask", "additive mask", "padding", "dropout"]
+"""What a forward may ask of its backend beyond the graph itself."""
+
+NEEDS: dict[Need, str] = {
+    "weights": "has no attention weights to return; use backend='eager' for output_attentions",
+    "scores": "cannot carry changed attention scores; use backend='eager' or 'sdpa'",
+    "mask": "takes no mask of your own; use backend='eager' or 'sdpa', or edit the prompt",
+    "additive mask": "takes a boolean mask only; give a boolean mask, or use backend='eager' or 'sdpa'",
+    "padding": "takes no attention_mask that hides tokens of a prompt; use backend='sdpa'",
+    "dropout": "has no attention dropout; use model.eval() or set it to 0 in the config",
+}
+"""Why a backend that does not carry a need is refused, after its name."""
+
+LayerAttention: TypeAlias = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+"""What travels through a model as its mask: ``(module, query, key, value, **kwargs)`` → output ``[B, Q, H, D]``, weights.
+
+Query is ``[B, H, Q, D]``, key and value are ``[B, G, K, D]``. A ``mask`` attribute, if it has one, is what may be changed.
+"""
+
+
+class UserMask:
+    """A 4D mask of the user's, ``[1 or P, 1 or H, ≥ S, ≥ S]``, combined with the graph or instead of it.
+
+    Raises
+    ------
+    BackendError
+        Another shape, a dtype that is neither, or an additive mask whose maximum is not 0.
+    LeattnError
+        An unknown mode.
+    """
+
+    def __init__(self, mask: torch.Tensor, mode: MaskMode, columns: Columns) -> None:
+        if mode not in ("combine", "replace"):
+            raise LeattnError(choices("mask_mode", mode, ("combine", "replace")))
+        _check_mask(mask, len(columns.rows), columns.width)
+        self.mask, self.replaces = mask.to(columns.device), mode == "replace"
+
+    @property
+    def is_boolean(self) -> bool:
+        return self.mask.dtype == torch.bool
+
+    def rows(self, queries: range, keys: int, prompts: int) -> torch.Tensor:
+        """``[P, 1 or H, Q, K]`` for these columns: later queries inherit its last row, later keys are open."""
+        mask = self.mask.expand(prompts, -1, -1, -1)
+        index = torch.arange(queries.start, queries.stop, device=mask.device).clamp(max=mask.shape[2] - 1)
+        rows = mask[:, :, index, :keys]
+        return torch.nn.functional.pad(rows, (0, keys - rows.shape[-1]), value=True if self.is_boolean else 0.0)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One mask of one forward: the columns of the queries, and how many keys there are.
+
+    ``window`` is None for full attention. ``padding`` is the caller's own ``attention_mask``, ``[B, ≤ K]`` bool, where it hides
+    more than the padding in front of prompts. ``kept`` is a backend's own, from one step of decoding to the next: empty
+    whenever the prompt runs. ``may_skip`` says that plain text may go without a mask.
+    """
+
+    columns: Columns
+    rows: int
+    queries: range
+    keys: int
+    window: int | None
+    dtype: torch.dtype
+    device: torch.device
+    padding: torch.Tensor | None = None
+    user: UserMask | None = None
+    kept: dict[Any, Any] = field(default_factory=dict)
+    may_skip: bool = True
+
+    @property
+    def repeats(self) -> int:
+        """How many rows each prompt has."""
+        return self.columns.repeats(self.rows)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no mask is needed: plain causal text, all of it or its next token."""
+        if self.user is not None or self.padding is not None or (self.window is not None and self.keys > self.window):
+            return False
+        return (
+            self.may_skip and self.columns.is_plain and len(self.queries) in (1, self.keys) and self.queries.stop == self.keys
+        )
+
+    def allowed(self) -> torch.Tensor:
+        """Who may attend, ``[B, 1 or H, Q, K]`` bool: the graph, the user's mask if boolean, and the caller's padding."""
+        columns, queries, keys = self.columns, self.queries, self.keys
+        replaced = self.user is not None and self.user.replaces
+        allowed = (self._open() if replaced else columns.dense(queries, keys, self.window))[:, None]
+        if self.user is not None and self.user.is_boolean:
+            allowed = allowed & self.user.rows(queries, keys, len(columns.rows))
+        allowed = allowed.repeat_interleave(self.repeats, 0).to(self.device)
+        if self.padding is None:
+            return allowed
+        visible = self.visible_keys()[:, None, None]
+        itself = torch.arange(queries.start, queries.stop, device=self.device)[:, None] == torch.arange(
+            keys, device=self.device
+        )
+        # A row in which nothing is visible has no softmax; nobody reads it.
+        return allowed & (visible | itself)
+
+    def additive(self) -> torch.Tensor:
+        """The same as numbers to add to the scores, ``[B, 1 or H, Q, K]`` in ``dtype``, with a maximum of 0."""
+        mask = additive(self.allowed(), self.dtype)
+        if self.user is None or self.user.is_boolean:
+            return mask
+        user = self.user.rows(self.queries, self.keys, len(self.columns.rows)).to(mask)
+        # The smallest number twice would overflow to −inf, and a row of −inf has no softmax.
+        return (mask + user.repeat_interleave(self.repeats, 0)).clamp(min=torch.finfo(self.dtype).min)
+
+    def visible_keys(self) -> torch.Tensor:
+        """The keys that the caller's ``padding`` leaves, ``[B, K]`` bool; all that it says nothing about."""
+        assert self.padding is not None
+        visible = self.padding[:, : self.keys].to(self.device, torch.bool)
+        return torch.nn.functional.pad(visible, (0, self.keys - visible.shape[1]), value=True)
+
+    def _open(self) -> torch.Tensor:
+        """Where a mask that replaces the graph leaves the choice open: all of the prompt, causally what follows it."""
+        columns = self.columns
+        query = torch.arange(self.queries.start, self.queries.stop, device=columns.device)[:, None]
+        key = torch.arange(self.keys, device=columns.device)
+        padding = torch.tensor(columns.padding, device=columns.device)[:, None, None]
+        allowed = ((key < columns.width) | (query >= key)) & (key >= padding) | (query == key)
+        return allowed if self.window is None else allowed & columns.within(self.queries, self.keys, self.window)
+
+
+def lacks(backend: Backend, needs: Collection[Need]) -> str:
+    """The sentence for the first need that a backend does not carry."""
+    return f"{backend.name} " + next(NEEDS[need] for need in NEEDS if need in needs and need not in backend.carries)
+
+
+class Backend(Protocol):
+    """A way to compute the graph's attention. One of your own is passed as ``backend=``; see docs/extending.md.
+
+    Attributes
+    ----------
+    name : str
+        What users call it.
+    implementation : str or None
+        The attention implementation of transformers whose masks ``attention(request).mask`` are; None if there is none.
+    carries : collection of Need
+        What it has beyond the graph.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def implementation(self) -> str | None: ...
+
+    @property
+    def carries(self) -> Collection[Need]: ...
+
+    def refusal(self, facts: Facts, device: torch.device) -> str | None:
+        """Why it cannot serve such a model, in words that follow "backend 'name' cannot run this model: "; None if it can."""
+
+    def attention(self, request: Request) -> LayerAttention:
+        """The attention of the layers that this request is for. Made once per forward and kind of layer."""
+
+
+@dataclass(frozen=True)
+class UnderMask:
+    """Transformers' own attention function, ``implementation``, under a mask as it takes them."""
+
+    implementation: str
+    mask: Any
+
+    def __call__(
+        self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        function = attention_function(module, self.implementation)
+        output: tuple[torch.Tensor, torch.Tensor | None] = function(module, query, key, value, self.mask, **kwargs)
+        return output
+
+
+def _check_mask(mask: torch.Tensor, prompts: int, columns: int) -> None:
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+        shape = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise BackendError(f"mask is a 4D tensor [B, 1 or H, Q, K], not {shape}")
+    if mask.shape[0] not in (1, prompts) or mask.shape[2] < columns or mask.shape[3] < columns:
+        raise BackendError(
+            f"mask has shape {list(mask.shape)}; these {prompts} prompts of at most {columns} tokens need "
+            f"[1 or {prompts}, 1 or H, ≥ {columns}, ≥ {columns}]"
+        )
+    if mask.dtype == torch.bool:
+        return
+    if not mask.is_floating_point():
+        raise BackendError(
+            f"mask has dtype {mask.dtype}; give a boolean mask (True may attend), e.g. mask.bool(), or an additive one"
+        )
+    if mask.isnan().any() or mask.max() != 0:
+        raise BackendError(
+            f"an additive mask is in inverted form: 0 where a token may attend and negative elsewhere, so its maximum is 0; "
+            f"this one has maximum {mask.max().item():g}. For a 0/1 mask give mask.bool()"
+        )

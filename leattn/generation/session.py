@@ -1,0 +1,253 @@
+"""One sequence on one model: what stands in its cache, what is missing, and the forwards that compute it.
+
+``place`` what is wanted, ``run`` what is queued, or ask for ``logits`` of nodes: what a store has is loaded, the rest is
+computed together, each token once. A program feeds its branches step by step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from leattn.attention.attend import block_for
+from leattn.attention.block import Block, follow, innermost
+from leattn.attention.request import Backend
+from leattn.errors import BackendError
+from leattn.generation.program import Program
+from leattn.kv.node import NodeKV
+from leattn.kv.reuse import Reuse
+from leattn.kv.store import KVStore
+from leattn.model.cache import Arena
+from leattn.model.record import Model
+from leattn.prompt.columns import Columns, Row
+from leattn.prompt.positions import after_seen
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Some next tokens of a unit, and whether they are the last that it has for now."""
+
+    unit: int
+    ids: Sequence[int]
+    is_last: bool
+
+
+def is_intervened(record: Model) -> bool:
+    """Whether an ``intervene`` block is around, in which a store is neither read nor written."""
+    around = innermost(record)
+    return around is not None and bool(around.operations)
+
+
+@contextmanager
+def session(
+    model: Any, record: Model, program: Program, *, backend: str | Backend, kv_store: KVStore | None
+) -> Iterator[Session]:
+    """A model that follows a program, and the room to run it in.
+
+    Raises
+    ------
+    BackendError
+        The model, or the backend, cannot follow a graph; an intervention is going on.
+    """
+    if is_intervened(record):
+        raise BackendError(
+            "interventions follow the layout of one compiled prompt, and here tokens run in another order; leave the intervene "
+            "block first (what a program wrote compiles, as result.realised, to a prompt to intervene on)"
+        )
+    record.limits.check_token(*max((max(unit.ids, default=0), unit.name) for unit in program.units))
+    reuse = None if kv_store is None else Reuse(model, record, kv_store)
+    columns = Columns([Row(program.visible)], record.device)
+    with follow(block_for(model, record, columns, backend)) as block, torch.no_grad():
+        yield Session(model, program, block, reuse)
+
+
+class Session:
+    """What is computed already, what is queued, and where everything stands. N units, K columns.
+
+    Attributes
+    ----------
+    ids : list of tuple of int
+        The tokens of every unit; a written one's are its header until it is complete.
+    fed : list of int
+        How many tokens of each unit went through the model.
+    unfed : dict of int to int
+        The last token of a complete written unit, if it did not go through the model: that is only done if somebody sees it.
+    queue : deque of (unit, ids)
+        What is to be fed, in an order in which everything comes after what it sees.
+    computed, reused : int
+        Tokens that went through the model, and tokens whose keys and values came from the store.
+    """
+
+    def __init__(self, model: Any, program: Program, block: Block, reuse: Reuse | None) -> None:
+        self.model, self.program, self.block, self.reuse = model, program, block, reuse
+        (self.row,) = block.columns.rows
+        # Room for all contents and headers and a few tokens of each branch; more comes when it runs out.
+        self.arena = Arena(sum(len(unit.ids) + 64 * unit.writes for unit in program.units))
+        self.ids: list[tuple[int, ...]] = [unit.ids for unit in program.units]
+        self.fed = [0] * len(program.units)
+        self.unfed: dict[int, int] = {}
+        self.queue: deque[tuple[int, Sequence[int]]] = deque()
+        self.computed = self.reused = 0
+        self._placed = [False] * len(program.units)
+        self._starts: dict[int, int] = {}
+        self._keys: dict[int, bytes] = {}
+        self._complete: set[int] = set()
+
+    def start(self, i: int) -> int:
+        """The first position of a unit whose start is known: everything it sees is complete."""
+        for j in (*self.program.upwards(i), i) if i not in self._starts else ():
+            if j not in self._starts:
+                start = self.program.units[j].start
+                if start is None:
+                    start = after_seen(self._starts[k] + len(self.ids[k]) for k in self.program.sees[j])
+                assert start is not None
+                self._starts[j] = start
+        return self._starts[i]
+
+    def place(self, units: Sequence[int], *, compute: Collection[int] = ()) -> None:
+        """Queue what must go through the model for the units to stand in the cache with everything they see.
+
+        What the store has is loaded instead, but for units in ``compute``, whose logits are wanted, and written ones.
+        """
+        missing: list[int] = []
+        loads: list[tuple[int, NodeKV]] = []
+        met, stack = set(units), list(units)
+        while stack:
+            i = stack.pop()
+            if self._placed[i]:
+                if i in self.unfed:
+                    missing.append(i)
+                continue
+            self._placed[i] = True
+            entry = None
+            if self.reuse is not None and i not in compute and not self.program.units[i].writes:
+                entry = self.reuse.take(self._key(i), self.start(i))
+            if entry is not None:
+                loads.append((i, entry))
+                continue
+            missing.append(i)
+            stack += [j for j in self.program.sees[i] if j not in met]
+            met.update(self.program.sees[i])
+        self._load(sorted(loads, key=lambda load: load[0]))
+        for i in sorted(missing):
+            ids = [self.unfed.pop(i)] if i in self.unfed else self.ids[i]
+            if ids:
+                self.queue.append((i, ids))
+
+    def run(self, most: int | None = None) -> Iterator[list[Feed]]:
+        """Compute what is queued, ``most`` tokens per forward (at least one unit); yields what each of them fed."""
+        while self.queue:
+            feeds: list[Feed] = []
+            room = most
+            while self.queue and (not feeds or room is None or len(self.queue[0][1]) <= room):
+                feeds.append(Feed(*self.queue.popleft(), True))
+                room = None if room is None else room - len(feeds[-1].ids)
+            self.step(feeds, [])
+            yield feeds
+
+    def logits(self, last: Mapping[int, int], **model_kwargs: Any) -> Any:
+        """The model's output for the last n tokens of each unit, side by side in the order given: ``logits`` ``[1, rows, V]``.
+
+        Everything that they need and that is missing is computed in one forward.
+        """
+        self.place(list(last), compute=last)
+        feeds = [Feed(i, ids, True) for i, ids in self.queue]
+        self.queue.clear()
+        ends = dict(zip((feed.unit for feed in feeds), accumulate(len(feed.ids) for feed in feeds), strict=True))
+        return self.step(feeds, [row for i, n in last.items() for row in range(ends[i] - n, ends[i])], **model_kwargs)
+
+    def step(self, feeds: Sequence[Feed], rows: Sequence[int], **model_kwargs: Any) -> Any:
+        """One forward; the model's output with logits ``[1, rows, V]`` of the fed tokens in ``rows``, or hidden states."""
+        ids: list[int] = []
+        for feed in feeds:
+            self.row.append(feed.unit, self.start(feed.unit) + self.fed[feed.unit], len(feed.ids))
+            self.fed[feed.unit] += len(feed.ids)
+            ids += feed.ids
+        record = self.block.record
+        input_ids = torch.tensor([ids], device=self.block.columns.device)
+        index = rows or [len(ids) - 1]
+        output = record.run(self.model, input_ids, index, past_key_values=self.arena, use_cache=True, **model_kwargs)
+        self.computed += len(ids)
+        for feed in feeds:
+            if feed.is_last and (feed.unit in self._complete or not self.program.units[feed.unit].writes):
+                self.keep(feed.unit)
+        return output
+
+    def complete(self, i: int, new_ids: Sequence[int]) -> None:
+        """A written unit is its header and these tokens; what was fed beyond them nobody will see."""
+        fed = self.fed[i] - len(self.ids[i])
+        self.ids[i] = (*self.ids[i], *new_ids)
+        self._complete.add(i)
+        if len(new_ids) < fed:
+            self.row.forget(i, fed - len(new_ids))
+        elif len(new_ids) > fed:
+            self.unfed[i] = new_ids[-1]
+        if i not in self.unfed:
+            self.keep(i)
+
+    def is_placed(self, i: int) -> bool:
+        """Whether a unit stands in the cache, or will by the end of what is queued."""
+        return self._placed[i]
+
+    def is_stored(self, i: int) -> bool:
+        """Whether the store has a complete unit."""
+        return self.reuse is not None and self._key(i) in self.reuse.store
+
+    def keep(self, i: int, cache: Any = None, columns: torch.Tensor | None = None) -> None:
+        """Give the store a unit whose tokens all went through the model: from our cache, or from some columns of another."""
+        if self.reuse is not None and self.ids[i]:
+            if columns is None:
+                cache, columns = self.arena, torch.from_numpy(self.row.columns_of(i))
+            self.reuse.give(self._key(i), cache, columns, self.start(i))
+
+    def forget_all_but(self, units: Collection[int]) -> None:
+        """Drop the columns of all other units, if that frees at least half of them."""
+        if 2 * sum(len(self.row.columns_of(i)) for i in units) <= self.row.length:
+            self.arena.keep(torch.from_numpy(self.row.keep(units)).to(self.block.columns.device))
+
+    def cache_of(self, units: Sequence[int], rows: int) -> Any:
+        """A cache of units one after another, each row ``rows`` times; zeros where one was not placed, for nobody sees it."""
+        lengths = [len(self.ids[i]) for i in units]
+        if not self.arena.layers:  # nothing is seen
+            return Arena(sum(lengths) + 64)
+        columns = [torch.from_numpy(self.row.columns_of(i)) for i in units]
+        arena = self.arena
+        if not torch.equal(torch.cat(columns), torch.arange(sum(lengths))):
+            arena = Arena(sum(lengths) + 64)
+            for layer, source in enumerate(self.arena.layers):
+                pieces = [
+                    [_columns(x[0], at, length) for at, length in zip(columns, lengths, strict=True)]
+                    for x in (source.keys, source.values)
+                ]
+                arena.load(layer, *pieces)
+        if rows > 1:
+            arena.batch_repeat_interleave(rows)
+        return arena
+
+    def _key(self, i: int) -> bytes:
+        """The key of a complete unit in the store."""
+        assert self.reuse is not None
+        for j in (*self.program.upwards(i), i) if i not in self._keys else ():
+            if j not in self._keys:
+                seen = [(self._keys[k], self.start(k)) for k in self.program.sees[j]]
+                self._keys[j] = self.reuse.key(self.ids[j], seen, self.start(j))
+        return self._keys[i]
+
+    def _load(self, loads: Sequence[tuple[int, NodeKV]]) -> None:
+        """Put entries of the store into the cache."""
+        for i, _ in loads:
+            self.row.append(i, self.start(i), len(self.ids[i]))
+            self.reused += len(self.ids[i])
+        for layer in range(len(loads[0][1].keys) if loads else 0):
+            self.arena.load(layer, [entry.keys[layer] for _, entry in loads], [entry.values[layer] for _, entry in loads])
+
+
+def _columns(x: torch.Tensor, at: torch.Tensor, length: int) -> torch.Tensor:
+    """Some columns of ``[G, K, D]``, ``[G, length, D]``: zeros if there are none."""
+    return x[:, at.to(x.device)] if len(at) else x.new_zeros(x.shape[0], length, x.shape[2])

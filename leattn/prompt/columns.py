@@ -1,0 +1,312 @@
+"""Which columns see which: prompts side by side, padded on the left, or one sequence that grows as its tokens are computed.
+
+A column holds one token of one node. *Stretches* are the only form of the mask: dense rows, block counts, plans of the sparse
+backend are all made of them. Columns of no node (padding, tokens that were thrown away) see themselves, and nobody sees them.
+
+Shapes: P rows, Q queries, K keys, S columns of the prompts, N nodes. ``True`` may attend.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from leattn.errors import BackendError
+from leattn.prompt.visible import Run, Visible, merge
+
+if TYPE_CHECKING:
+    from leattn.prompt.compile import CompiledPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Queries in the columns ``start`` to ``stop``: all see the columns ``seen`` whole, and their stretch up to themselves.
+
+    ``seen`` is sorted, and no two of its intervals touch.
+    """
+
+    start: int
+    stop: int
+    seen: tuple[Run, ...]
+
+
+class Row:
+    """One sequence of columns: nodes laid out side by side, and after them what comes token by token.
+
+    Parameters
+    ----------
+    visible
+        Which nodes each node sees.
+    offsets
+        Node i is laid out in the columns ``offsets[i]`` to ``offsets[i + 1]``; before the first of them there is padding. The
+        other nodes of ``visible`` are appended as they are computed, in any order in which what a node sees is there before it.
+    positions
+        Of the columns laid out, ``[offsets[-1]]``; 0 for padding.
+    continuation
+        The node that columns past the last belong to: what is generated after a prompt. None where every column is appended.
+    """
+
+    def __init__(
+        self,
+        visible: Visible,
+        offsets: Sequence[int] = (0,),
+        positions: npt.NDArray[np.int64] | None = None,
+        continuation: int | None = None,
+    ) -> None:
+        self.visible, self.offsets, self.continuation = visible, offsets, continuation
+        self.length = offsets[-1]
+        self._positions = np.zeros(0, np.int64) if positions is None else positions
+        self._pieces: list[tuple[int, int, int]] = []  # start, stop, node: what was appended, in order of columns
+        self._runs: dict[int, list[Run]] = {}  # the columns of appended nodes
+        self._seen: dict[int, tuple[Run, ...]] = {}
+
+    @classmethod
+    def of_prompt(cls, prompt: CompiledPrompt, width: int) -> Row:
+        """A prompt at the right end of ``width`` columns, and what is generated after it: one more node, which sees the last
+        one and what that sees."""
+        padding = width - len(prompt)
+        positions = np.concatenate([np.zeros(padding, np.int64), prompt.position_ids[0].cpu().numpy()])
+        offsets = prompt.offsets if not padding else (np.asarray(prompt.offsets) + padding).tolist()
+        return cls(prompt.visible.continued(), offsets, positions, continuation=len(prompt.graph))
+
+    @property
+    def padding(self) -> int:
+        """Columns before the first node."""
+        return self.offsets[0]
+
+    def append(self, node: int, start: int, count: int) -> None:
+        """Columns for the next ``count`` tokens of a node, the first of them at position ``start``."""
+        stop = self.length + count
+        if stop > len(self._positions):
+            self._positions = np.resize(self._positions, max(1024, 2 * stop))
+        self._positions[self.length : stop] = np.arange(start, start + count)
+        self._pieces.append((self.length, stop, node))
+        runs = self._runs.setdefault(node, [])
+        if runs and runs[-1][1] == self.length:
+            runs[-1] = (runs[-1][0], stop)
+        else:
+            runs.append((self.length, stop))
+        self.length = stop
+
+    def forget(self, node: int, count: int) -> None:
+        """Nobody sees the last ``count`` tokens of an appended node any more."""
+        runs = self._runs[node]
+        while count:
+            start, stop = runs.pop()
+            if stop - start > count:
+                runs.append((start, stop - count))
+            count -= min(count, stop - start)
+
+    def columns_of(self, node: int) -> npt.NDArray[np.int64]:
+        """The columns that hold an appended node's tokens, ``[n]``."""
+        return columns_in(self._runs.get(node, ()))
+
+    def keep(self, nodes: Collection[int]) -> npt.NDArray[np.int64]:
+        """Drop the columns of all other appended nodes; those that stay, ``[n]`` ascending, as they were numbered before."""
+        pieces = sorted((start, stop, node) for node in nodes for start, stop in self._runs.get(node, ()))
+        columns = columns_in([(start, stop) for start, stop, _ in pieces])
+        positions = self._positions[columns]
+        self._pieces, self._runs, self._seen, self.length = [], {}, {}, 0
+        for start, stop, node in pieces:
+            self.append(node, 0, stop - start)
+        self._positions[: self.length] = positions
+        return columns
+
+    def positions(self, columns: range) -> npt.NDArray[np.int64]:
+        """Positions of some columns; generated ones count on."""
+        held = self._positions[columns.start : min(columns.stop, self.length)]
+        new = range(max(columns.start, self.length), columns.stop)
+        if not len(new):
+            return held
+        return np.concatenate([held, np.arange(new.start, new.stop) + (self._positions[self.length - 1] + 1 - self.length)])
+
+    def seen(self, node: int) -> tuple[Run, ...]:
+        """The columns that a node sees whole. They stay the same from its first token on."""
+        if node not in self._seen:
+            laid_out = len(self.offsets) - 1
+            runs: list[Run] = []
+            for first, last in self.visible.runs[node]:
+                if first < laid_out:
+                    runs.append((self.offsets[first], self.offsets[min(last, laid_out)]))
+                for other in range(max(first, laid_out), last):
+                    runs += self._runs.get(other, ())
+            self._seen[node] = merge(runs)
+        return self._seen[node]
+
+    def stretches(self, queries: range) -> list[Stretch]:
+        """Some columns as stretches that see the same keys, in order; columns of no node are in none of them."""
+        found = clipped(self._laid_out, queries)
+        if queries.stop > self.offsets[-1]:
+            later = range(max(queries.start, self.offsets[-1]), queries.stop)
+            found[-1:] = _fused([*found[-1:], *self._appended(later)])
+        return found
+
+    @cached_property
+    def _laid_out(self) -> list[Stretch]:
+        parts: list[Stretch] = []
+        last_runs: tuple[Run, ...] | None = None
+        for i in range(len(self.offsets) - 1):
+            runs = self.visible.runs[i]
+            if runs is not last_runs:  # siblings share what they see
+                last_runs, seen = runs, merge([(self.offsets[a], self.offsets[b]) for a, b in runs])
+            parts.append(Stretch(self.offsets[i], self.offsets[i + 1], seen))
+        return _fused(parts)
+
+    def _appended(self, queries: range) -> Iterator[Stretch]:
+        first = max(0, bisect_right(self._pieces, queries.start, key=lambda piece: piece[0]) - 1)
+        pieces = self._pieces[first:]
+        if self.continuation is not None:
+            pieces = [(self.length, queries.stop, self.continuation)]
+        for start, stop, node in pieces:
+            begin, end = max(start, queries.start), min(stop, queries.stop)
+            if begin < end:
+                earlier = [(a, min(b, begin)) for a, b in self._runs.get(node, [(start, stop)]) if a < begin]
+                yield Stretch(begin, end, merge([*self.seen(node), *earlier]) if earlier else self.seen(node))
+
+    def nodes(self, width: int) -> npt.NDArray[np.int64]:
+        """The node of each of ``width`` columns, ``[width]``; N where it is none's."""
+        nobody = len(self.visible)
+        found = np.full(width, nobody if self.continuation is None else self.continuation, np.int64)
+        found[: self.padding] = nobody
+        lengths = np.diff(np.asarray(self.offsets))
+        found[self.padding : self.offsets[-1]] = np.repeat(np.arange(len(lengths)), lengths)
+        for node, runs in self._runs.items():
+            for start, stop in runs:
+                found[start:stop] = node
+        return found
+
+
+class Columns:
+    """Rows side by side on one device: P prompts as one left-padded batch, or a single row that grows.
+
+    Attributes
+    ----------
+    input_ids, attention_mask : LongTensor
+        ``[P, S]``, what to give the model for prompts. Padding holds id 0 and mask 0.
+    width : int
+        S, the columns of the longest prompt.
+    """
+
+    def __init__(self, rows: Sequence[Row], device: torch.device, prompts: Sequence[CompiledPrompt] = ()) -> None:
+        self.rows, self.device, self.prompts = tuple(rows), device, tuple(prompts)
+        self.width = max(row.offsets[-1] for row in rows)
+        self.input_ids = torch.zeros(len(rows), self.width, dtype=torch.long, device=device)
+        self.attention_mask = torch.zeros_like(self.input_ids)
+        for i, (prompt, padding) in enumerate(zip(prompts, self.padding, strict=False)):
+            self.input_ids[i, padding:] = prompt.input_ids[0].to(device)
+            self.attention_mask[i, padding:] = 1
+
+    @classmethod
+    def of_prompts(cls, prompts: Sequence[CompiledPrompt], device: torch.device) -> Columns:
+        """Prompts as one batch, shorter ones padded on the left."""
+        width = max(len(prompt) for prompt in prompts)
+        return cls([Row.of_prompt(prompt, width) for prompt in prompts], device, prompts)
+
+    @cached_property
+    def padding(self) -> tuple[int, ...]:
+        """Columns of padding before each prompt."""
+        return tuple(row.padding for row in self.rows)
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether this is what the model would do anyway: causal, unpadded, positions that count by one."""
+        return bool(self.prompts) and not any(self.padding) and all(map(_is_plain, self.prompts))
+
+    def repeats(self, rows: int) -> int:
+        """How many rows of a model's input (beams, return sequences) each row has.
+
+        Raises
+        ------
+        BackendError
+            Rows in unequal numbers.
+        """
+        if rows % len(self.rows):
+            raise BackendError(
+                f"the model was called with {rows} rows for {len(self.rows)} prompts; rows come in equal numbers per prompt"
+            )
+        return rows // len(self.rows)
+
+    def positions(self, columns: range) -> torch.Tensor:
+        """Positions of some columns, ``[P, n]``."""
+        return torch.from_numpy(np.stack([row.positions(columns) for row in self.rows])).to(self.device)
+
+    @property
+    def position_ids(self) -> torch.Tensor:
+        """Positions of the prompts, ``[P, S]``; padding has 0."""
+        return self.positions(range(self.width))
+
+    def stretches(self, queries: range) -> list[list[Stretch]]:
+        """Those of each row."""
+        return [row.stretches(queries) for row in self.rows]
+
+    def dense(self, queries: range, keys: int, window: int | None = None) -> torch.Tensor:
+        """Who may attend, ``[P, Q, K]`` bool. Windows are measured in positions, ``pos_q − pos_k < window``."""
+        mask = torch.zeros(len(self.rows), len(queries), keys, dtype=torch.bool)
+        for row, stretches in zip(mask, self.stretches(queries), strict=True):
+            fill(row, stretches, queries.start)
+        mask = mask.to(self.device)
+        return mask if window is None else mask & self.within(queries, keys, window)
+
+    def within(self, queries: range, keys: int, window: int) -> torch.Tensor:
+        """Whether a key is nearer than ``window``, ``[P, Q, K]``; keys at later positions always are."""
+        return self.positions(queries)[:, :, None] - self.positions(range(keys))[:, None] < window
+
+
+def _is_plain(prompt: CompiledPrompt) -> bool:
+    return prompt.visible.is_causal and bool((prompt.position_ids.diff() == 1).all())
+
+
+def fill(mask: torch.Tensor, stretches: Sequence[Stretch], first: int) -> None:
+    """Set what stretches see in ``[Q, K]`` bool whose first query stands in column ``first``; every query sees itself."""
+    for stretch in stretches:
+        rows = mask[stretch.start - first : stretch.stop - first]
+        for start, stop in stretch.seen:
+            rows[:, start:stop] = True
+        rows[:, stretch.start : stretch.stop].fill_(True).tril_()
+    mask.diagonal(first).fill_(True)
+
+
+def columns_in(runs: Sequence[Run]) -> npt.NDArray[np.int64]:
+    """All columns of some intervals, ``[n]``."""
+    return np.concatenate([np.arange(start, stop) for start, stop in runs] or [np.zeros(0, np.int64)])
+
+
+def clipped(stretches: Sequence[Stretch], queries: range) -> list[Stretch]:
+    """The stretches of some queries only; what is in front of them in their own stretch, they see whole."""
+    found = []
+    first = bisect_right(stretches, queries.start, key=lambda stretch: stretch.start) - 1
+    for i in range(max(0, first), len(stretches)):
+        stretch = stretches[i]
+        if stretch.start >= queries.stop:
+            break
+        start, stop = max(stretch.start, queries.start), min(stretch.stop, queries.stop)
+        if start < stop:
+            seen = stretch.seen if start == stretch.start else merge([*stretch.seen, (stretch.start, start)])
+            found.append(Stretch(start, stop, seen))
+    return found
+
+
+def _fused(parts: Sequence[Stretch]) -> list[Stretch]:
+    """Nodes that see each other as plain causal text would are one stretch, but for the first of several equal siblings."""
+    fused: list[Stretch] = []
+    for i, part in enumerate(parts):
+        if fused and part.seen and part.seen[-1][1] == part.start == fused[-1].stop and not _leads_siblings(parts, i):
+            last = fused[-1]
+            if part.seen == merge([*last.seen, (last.start, last.stop)]):
+                fused[-1] = Stretch(last.start, part.stop, last.seen)
+                continue
+        fused.append(part)
+    return fused
+
+
+def _leads_siblings(parts: Sequence[Stretch], i: int) -> bool:
+    if i + 1 >= len(parts) or parts[i + 1].seen != parts[i].seen:
+        return False
+    return parts[i + 1].stop - parts[i + 1].start == parts[i].stop - parts[i].start
