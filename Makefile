@@ -22,12 +22,12 @@ test: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check --diff .
 	$(VENV)/bin/mypy
-	$(PYTEST) leattn tests
+	$(PYTEST) leattn bundled_model tests
 
 test-lowest: VENV := $(LOWEST)
 # The pictures to compare with were drawn by the matplotlib of constraints.txt; another release draws text differently.
 test-lowest: $(LOWEST)/.installed-test
-	$(PYTEST) leattn tests --ignore tests/test_pictures.py
+	$(PYTEST) leattn bundled_model tests --ignore tests/test_pictures.py
 
 bench: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(VENV)/bin/python -m benchmarks

@@ -17,12 +17,9 @@ from hypothesis import strategies as st
 
 from leattn import ICLNode, LeattnError, bos, compile_prompt
 from leattn.tiny import corpus, load, words
-from leattn.tiny.curriculum import PHASES, lesson
-from leattn.tiny.evaluate import Row, answered
 from leattn.tiny.examples import PATTERNS, make
 from leattn.tiny.load import WEIGHTS
 from leattn.tiny.tokenizer import build_tokenizer
-from leattn.tiny.train import main
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +63,7 @@ def test_importing_it_loads_no_transformers() -> None:
 
 
 def test_missing_weights_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(LeattnError, match=r"no weights in .*; reinstall leattn, or run `python -m leattn\.tiny\.train"):
+    with pytest.raises(LeattnError, match=r"no weights in .*; reinstall leattn, or run `python -m bundled_model --out"):
         load(tmp_path)
 
 
@@ -144,25 +141,6 @@ def test_an_eighth_is_held_out_and_everyone_is_seen() -> None:
     assert {v for _, v in seen} == {v for values in words.VALUES.values() for v in values}
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_training_never_states_a_held_out_pair(phase: str) -> None:
-    rng = Random(3)
-    texts = [lesson(rng, phase) for _ in range(200)]
-    assert not any(fact.held_out for text in texts for fact in text.facts)
-    # The facts are all there is: every value that is written stands in them.
-    for text in texts:
-        values = {fact.value for fact in text.facts}
-        written = " ".join(str(node.content) for node in text.targets)
-        assert {name for name in re.findall(r"\w+", written) if name in _VALUES} <= values
-    rng = Random(3)
-    assert [str(n.content) for text in texts for n in text.targets] == [
-        str(n.content) for _ in range(200) for n in lesson(rng, phase).targets
-    ]
-
-
-_VALUES = {value for values in words.VALUES.values() for value in values}
-
-
 def test_wrong_names_are_told_the_right_ones() -> None:
     with pytest.raises(LeattnError, match="'causal', 'parallel', 'contradiction', 'paraphrase', 'hidden'"):
         make("chain", Random(0))  # type: ignore[arg-type]
@@ -226,35 +204,3 @@ def test_the_first_example_of_the_manual(tiny: tuple[Any, Any]) -> None:
         allowed = grown
     assert tokenizer.decode(said) == " Lumo.</s>"
     assert said[-1] in model.generation_config.eos_token_id
-
-
-@pytest.mark.parametrize(("kind", "at_least"), [("causal", 0.9), ("parallel", 0.9), ("contradiction", 0.85)])
-def test_it_answers_what_it_has_never_been_told(tiny: tuple[Any, Any], kind: Any, at_least: float) -> None:
-    rng = Random(7)
-    right = answered(*tiny, [make(kind, rng) for _ in range(64)])
-    assert sum(right) / 64 >= at_least
-
-
-def test_it_cannot_know_what_it_does_not_see(tiny: tuple[Any, Any]) -> None:
-    rng = Random(8)
-    assert sum(answered(*tiny, [make("hidden", rng) for _ in range(64)])) <= 8
-
-
-# --- the script
-
-
-def test_a_row_states_its_uncertainty() -> None:
-    row = Row("causal", 500, 480, 1 / 24, 0.95)
-    low, high = row.interval
-    assert 0.93 < low < 0.96 < high < 0.98  # Wilson, by hand: 0.939 to 0.974
-    assert "96.0" in str(row)
-    assert row.verdict == "ok"
-    assert Row("hidden", 500, 100, 1 / 24, 1.5 / 24, at_most=True).verdict == "MISSED"
-
-
-def test_the_script_trains_and_writes_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--quick", "--out", str(tmp_path / "new")])
-    assert "conjunction, parallel" in capsys.readouterr().out
-    model, tokenizer = load(tmp_path / "new")
-    assert len(tokenizer) == model.config.vocab_size
-    assert [path.name for path in tmp_path.iterdir()] == ["new"]

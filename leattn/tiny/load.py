@@ -44,7 +44,7 @@ def load(path: str | Path = WEIGHTS) -> tuple[LlamaForCausalLM, PreTrainedTokeni
     Parameters
     ----------
     path
-        Another folder that ``python -m leattn.tiny.train --out`` has written.
+        Another folder that ``python -m bundled_model --out`` has written, in a checkout of leattn.
 
     Returns
     -------
@@ -78,7 +78,9 @@ def load(path: str | Path = WEIGHTS) -> tuple[LlamaForCausalLM, PreTrainedTokeni
 
     path = Path(path)
     if not (path / "model.safetensors").is_file():
-        raise LeattnError(f"no weights in {path}; reinstall leattn, or run `python -m leattn.tiny.train --out {path}`")
+        raise LeattnError(
+            f"no weights in {path}; reinstall leattn, or run `python -m bundled_model --out {path}` in a checkout of it"
+        )
     with _quiet():
         model = LlamaForCausalLM.from_pretrained(path, local_files_only=True, dtype=torch.float32)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)

@@ -1,4 +1,4 @@
-"""How often the model is right on prompts it has never seen: the table of ``python -m leattn.tiny.train --evaluate``."""
+"""How often the model is right on prompts it has never seen: the table of ``python -m bundled_model --evaluate``."""
 
 from __future__ import annotations
 

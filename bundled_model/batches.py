@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from bundled_model.curriculum import PHASES, Lesson, lesson
 from leattn.prompt.compile import CompiledPrompt, compile_prompt
-from leattn.tiny.curriculum import PHASES, Lesson, lesson
 from leattn.training import Collator, Example
 
 Array = npt.NDArray[np.generic]
