@@ -23,10 +23,10 @@ from leattn.generation.workspace import Feed, Workspace, workspace
 from leattn.kv.store import KVStore
 from leattn.model import hf
 from leattn.patterns.prefill import prefill
-from leattn.patterns.table import html_table
 from leattn.prompt.compile import CompiledPrompt, compile_prompt
 from leattn.prompt.positions import Positions
 from leattn.prompt.visible import Visibility
+from leattn.table import html_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
