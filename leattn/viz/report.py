@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from leattn.viz.attention import plot_attention
+from leattn.viz.canvas import not_shown
 from leattn.viz.norms import plot_norms
 from leattn.viz.select import layer_rows
 from leattn.viz.sinks import plot_sinks
-from leattn.viz.style import new_axes, not_shown, size_inches
 
 if TYPE_CHECKING:
     from leattn.analysis.trace import Trace
@@ -81,16 +81,14 @@ def _hidden(trace: Trace, layer: int, path: Path) -> None:
 
 def _keys_and_values(trace: Trace, layer: int, path: Path) -> None:
     """Two axes, one above the other, each as large as it would be by itself."""
-    alone = plot_norms(trace, kind="keys", layer=layer).get_figure(root=True)
-    assert alone is not None
-    width, height = alone.get_size_inches()
-    place = alone.axes[0].get_position(original=True)
-    box = (place.x0 * width, place.y0 * height, *size_inches(alone.axes[0]))
-    upper = new_axes(width, 2 * height, (box[0], box[1] + height, box[2], box[3]))
+    upper = plot_norms(trace, kind="keys", layer=layer)
     figure = upper.get_figure(root=True)
     assert figure is not None
-    lower = figure.add_axes((box[0] / width, box[1] / (2 * height), box[2] / width, box[3] / (2 * height)))
-    plot_norms(trace, kind="keys", layer=layer, ax=upper)
+    width, height = figure.get_size_inches()
+    left, bottom, across, up = upper.get_position(original=True).bounds
+    figure.set_size_inches(width, 2 * height)
+    upper.set_position((left, (1 + bottom) / 2, across, up / 2))
+    lower = figure.add_axes((left, bottom / 2, across, up / 2))
     plot_norms(trace, kind="values", layer=layer, ax=lower, path=path)
 
 
