@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 from leattn.attention.backends import BACKENDS
@@ -12,6 +11,7 @@ from leattn.errors import BackendError, choices
 from leattn.kv.certify import Certificate, certificate
 from leattn.model.facts import Facts
 from leattn.model.record import Model
+from leattn.table import html_table
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,8 @@ class ModelReport:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{escape(c.name)}</td><td>{'yes' if c.works else 'no'}</td>"
-            f"<td style='text-align:left'>{escape(c.reason)}</td></tr>"
-            for c in self.capabilities
-        )
-        return f"<p>{escape(self.model)}</p><table>{rows}</table>"
+        rows = [(c.name, "yes" if c.works else "no", c.reason) for c in self.capabilities]
+        return html_table([], rows, caption=self.model)
 
 
 def check_model(model: Any) -> ModelReport:

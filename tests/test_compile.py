@@ -94,7 +94,7 @@ def test_without_edge_and_without_node_change_the_relation_alone(graph, visibili
     assert without.dense_mask().tolist() == oracles.dense(graph.nodes, {n: seen - {hidden} for n, seen in sees.items()})
     # What is derived was cached on the first prompt, and must not be on the second.
     assert without.pairs == sum(map(sum, without.dense_mask().tolist()))
-    assert without.mask_table.rows(torch.arange(len(prompt)), len(prompt))[0].tolist() == without.dense_mask().tolist()
+    assert without.columns.dense(range(len(prompt)), len(prompt))[0].tolist() == without.dense_mask().tolist()
 
     edges = [(node, other) for node in graph for other in sorted(sees[node], key=graph.index.__getitem__)]
     if edges:
@@ -173,7 +173,7 @@ def test_nothing_of_size_s_times_s_is_made():
     try:
         prompt = compile_prompt(question)
         block_mask = prompt.block_mask()
-        prompt.mask_table.rows(torch.tensor([len(prompt) - 1]), len(prompt))
+        prompt.columns.dense(range(len(prompt) - 1, len(prompt)), len(prompt))
         assert str(prompt)
         assert prompt.without_edge("Q", "doc3").pairs == prompt.pairs - 1_000 * 1_000
         _, peak = tracemalloc.get_traced_memory()
@@ -184,7 +184,6 @@ def test_nothing_of_size_s_times_s_is_made():
     assert peak < 400e6
     tensors = [value for value in vars(block_mask).values() if isinstance(value, torch.Tensor)]
     assert sum(value.nbytes for value in tensors) < 100e6
-    assert sum(t.nbytes for t in (prompt.mask_table.node_of, prompt.mask_table.seen, prompt.mask_table.positions)) < 10e6
 
 
 def test_a_causal_prompt_of_10000_nodes_is_linear():
@@ -194,7 +193,7 @@ def test_a_causal_prompt_of_10000_nodes_is_linear():
     assert prompt.density == 1.0
     assert prompt.position_ids[0].tolist() == list(range(10_000))
     expected = torch.arange(10_000) <= 7_000
-    assert torch.equal(prompt.mask_table.rows(torch.tensor([7_000]), 10_000)[0, 0], expected)
+    assert torch.equal(prompt.columns.dense(range(7_000, 7_001), 10_000)[0, 0], expected)
 
 
 def test_a_continued_prompt_keeps_edits_positions_and_layout():

@@ -20,6 +20,7 @@ from transformers import (
 
 import leattn
 from leattn import GraphError, ICLNode, LeattnError, causal, compile_prompt, generate
+from leattn.model.record import Model
 
 NEW = 6
 
@@ -52,7 +53,7 @@ def oracle(model, prompt, count):
     mask = prompt.dense_mask()
     ids, positions = prompt.input_ids, prompt.position_ids
     chosen, margins = [], []
-    window_of = leattn.model.hf.window_of(model)
+    window_of = Model.of(model).facts.windows
     for _ in range(count):
         total = ids.shape[1]
         grown = torch.zeros(total, total, dtype=torch.bool)

@@ -14,7 +14,7 @@ PACKAGE = Path(leattn.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
-    ["errors"],
+    ["errors", "table"],
     ["dag"],
     ["visible", "positions", "masks", "text", "compile"],
     ["backends"],

@@ -11,8 +11,9 @@ from strategies import VISIBILITIES, graphs
 from torch.nn.attention.flex_attention import create_block_mask
 
 import leattn
-from leattn import ICLGraph, ICLNode, compile_prompt, masks
-from leattn.prompt.masks import MaskTable
+from leattn import ICLGraph, ICLNode, compile_prompt
+from leattn.prompt import masks
+from leattn.prompt.columns import Columns, Row
 
 LISTS = [
     (f"{part}{side}_num_blocks", f"{part}{side}_indices")
@@ -69,11 +70,7 @@ def test_pairs_and_density_count_the_cells(graph, visibility):
 def test_rows_of_a_padded_batch(batch, visibility, beyond, data):
     """Padding sees itself, the prompt follows the graph, what is generated is a new node after the last one."""
     prompts = [compile_prompt(graph, visibility=visibility) for graph in batch]
-    table = MaskTable.build(
-        [prompt.visible for prompt in prompts],
-        [prompt.offsets for prompt in prompts],
-        [prompt.position_ids[0] for prompt in prompts],
-    )
+    columns = Columns.of_prompts(prompts, torch.device("cpu"))
     width = max(map(len, prompts))
     total = width + beyond
     window = data.draw(st.sampled_from([None, 1, 2, 5]))
@@ -82,22 +79,23 @@ def test_rows_of_a_padded_batch(batch, visibility, beyond, data):
         oracles.row_mask(graph.nodes, oracles.relation(graph.nodes, visibility), width, beyond, position, window)
         for graph, position in zip(batch, positions, strict=True)
     ]
-    assert table.columns == width
-    assert table.padding == tuple(width - len(prompt) for prompt in prompts)
-    assert table.positions_at(0, total).tolist() == positions
-    assert table.rows(torch.arange(total), total, window=window).tolist() == expected
+    assert columns.width == width
+    assert columns.padding == tuple(width - len(prompt) for prompt in prompts)
+    assert columns.positions(range(total)).tolist() == positions
+    assert columns.dense(range(total), total, window).tolist() == expected
 
-    # Any selection of queries, over any number of first keys: what a step of generation asks for.
-    queries = data.draw(st.lists(st.integers(0, total - 1), min_size=1, max_size=4))
-    keys = data.draw(st.integers(1, total))
-    selected = [[row[q][:keys] for q in queries] for row in expected]
-    assert table.rows(torch.tensor(queries), keys, window=window).tolist() == selected
+    # Any stretch of queries, over all keys or some that nobody wrote yet: what a step of generation, or a static cache, asks for.
+    first = data.draw(st.integers(0, total - 1))
+    queries = range(first, data.draw(st.integers(first + 1, total)))
+    keys = data.draw(st.integers(queries.stop, total + 3))
+    selected = [[row[q][:keys] + [False] * (keys - total) for q in queries] for row in expected]
+    assert columns.dense(queries, keys, window).tolist() == selected
 
 
 @given(st.lists(graphs(max_nodes=3, max_tokens=3), min_size=1, max_size=2), st.integers(0, 2), st.data())
 def test_mask_mod_of_a_padded_batch(batch, beyond, data):
     prompts = [compile_prompt(graph) for graph in batch]
-    table = MaskTable.build([p.visible for p in prompts], [p.offsets for p in prompts], [p.position_ids[0] for p in prompts])
+    columns = Columns.of_prompts(prompts, torch.device("cpu"))
     width = max(map(len, prompts))
     total = width + beyond
     window = data.draw(st.sampled_from([None, 1, 3]))
@@ -108,7 +106,7 @@ def test_mask_mod_of_a_padded_batch(batch, beyond, data):
         positions = oracles.row_positions(prompt.position_ids[0].tolist(), width, beyond)
         mask = oracles.row_mask(graph.nodes, oracles.relation(graph.nodes), width, beyond, positions, window)
         expected += [mask[offset:]] * rows_per_prompt
-    mask_mod = table.mask_mod(rows_per_prompt=rows_per_prompt, query_offset=offset, window=window)
+    mask_mod = masks.column_mask_mod(columns, range(offset, total), total, repeats=rows_per_prompt, window=window)
     assert evaluate(mask_mod, len(expected), total - offset, total) == expected
 
 
@@ -150,7 +148,8 @@ def test_block_counts_of_a_stretch_of_queries(graph, block, data):
     size = len(prompt)
     low = data.draw(st.integers(0, size - 1))
     high = data.draw(st.integers(low + 1, size))
-    counts = masks.block_counts(prompt.visible, prompt.offsets, range(low, high), size, block)
+    stretches = Row(prompt.visible, prompt.offsets).stretches(range(low, high))
+    counts = masks.block_counts(stretches, range(low, high), size, block)
     dense = oracles.dense(graph.nodes, oracles.relation(graph.nodes))
     rows = [dense[q] for q in range(low, high)]
     expected = [
@@ -180,7 +179,7 @@ def test_nodes_share_their_words_of_bits_at_the_32nd_node():
     last = torch.tensor(70)
     row = [bool(prompt.mask_mod(torch.tensor(0), torch.tensor(0), last, torch.tensor(k))) for k in range(71)]
     assert [k for k in range(71) if row[k]] == [0, 31, 32, 63, 64, 70]
-    assert prompt.mask_table.rows(last[None], 71)[0, 0].tolist() == row
+    assert prompt.columns.dense(range(70, 71), 71)[0, 0].tolist() == row
 
 
 def test_mask_follows_the_device_of_the_prompt():

@@ -173,6 +173,53 @@ def test_a_report_is_a_folder_of_pictures(found, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_a_report_takes_plots_of_ones_own(found, tmp_path):
+    asked = []
+
+    def entropy(data, *, layer):
+        asked.append((data, layer))
+        ax = Figure().add_subplot()
+        ax.bar(range(len(data.prompt.graph)), torch.special.entr(data.mass[layer].mean(0)).sum(-1).tolist())
+        return ax
+
+    def by_pyplot(data):
+        import matplotlib.pyplot as plt
+
+        figure, ax = plt.subplots()
+        ax.plot(data.hidden_norms.mean(-1))
+        return figure
+
+    own = {"entropy_{layer}.png": entropy, "means.png": by_pyplot}
+    paths = viz.save_report(found, tmp_path / "all", layers=[0, 2], plots={**viz.PLOTS, **own})
+    assert asked == [(found, 0), (found, 2)]
+    ours = names([0, 2])
+    assert [path.name for path in paths] == [*ours[:3], "entropy_0.png", *ours[3:6], "entropy_2.png", *ours[6:], "means.png"]
+    assert all(sane(path) for path in paths)
+    assert not sys.modules["matplotlib.pyplot"].get_fignums()
+    (path,) = viz.save_report(found, tmp_path / "one", plots={"sinks.svg": viz.plot_sinks})
+    assert list((tmp_path / "one").iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("mine", "cannot write 'mine': unknown suffix ''"),
+        ("mine.docx", "cannot write 'mine.docx': unknown suffix 'docx'"),
+        ("sub/mine.png", "'sub/mine.png' is a path"),
+    ],
+)
+def test_names_that_no_picture_can_have(found, tmp_path, name, words):
+    with pytest.raises(LeattnError, match=words):
+        viz.save_report(found, tmp_path / "none", plots={"sinks.png": viz.plot_sinks, name: viz.plot_norms})
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_plot_that_returns_no_picture(found, tmp_path):
+    with pytest.raises(LeattnError, match=r"the plot for mine\.png returned None; return the axes or the figure"):
+        viz.save_report(found, tmp_path, plots={"mine.png": lambda data: None})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_report_that_fails_leaves_no_half_of_a_file(found, tmp_path, monkeypatch):
     (tmp_path / "layer_0_attention.png").write_bytes(b"old")
 

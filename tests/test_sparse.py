@@ -12,14 +12,15 @@ from strategies import VISIBILITIES, graphs
 
 import leattn
 from leattn import ICLNode, causal, chain, compile_prompt, parallel
-from leattn.attention.batch import Batch, MaskRequest
-from leattn.attention.plan import Group, Mixed, Stretch, plan_groups
-from leattn.attention.sparse import Plan, sparse_attention
+from leattn.attention.plan import Group, Mixed, plan_groups
+from leattn.attention.request import Request
+from leattn.attention.sparse import SparseAttention
+from leattn.prompt.columns import Columns, Stretch
 from leattn.prompt.visible import merge
 
 
-def request(rows, first, stop, window=None):
-    return MaskRequest(rows, range(first, stop), stop, window, torch.float32, torch.device("cpu"), None)
+def request(columns, rows, first, stop, window=None):
+    return Request(columns, rows, range(first, stop), stop, window, torch.float32, torch.device("cpu"))
 
 
 def dense(query, key, value, mask):
@@ -37,19 +38,19 @@ def tensors(rows, length, keys, *, heads=4, groups=2, size=8, seed=0):
 
 
 def check(prompts, first=0, beyond=0, repeats=1, window=None):
-    """Compare the columns from ``first`` on, with ``beyond`` generated ones, against the mask table's rows."""
-    batch = Batch(prompts, torch.device("cpu"))
-    stop = batch.table.columns + beyond
+    """Compare the columns from ``first`` on, with ``beyond`` generated ones, against dense rows."""
+    columns = Columns.of_prompts(prompts, torch.device("cpu"))
+    stop = columns.width + beyond
     rows = len(prompts) * repeats
     query, key, value = tensors(rows, stop - first, stop)
-    mask = batch.table.rows(torch.arange(first, stop), stop, window=window).repeat_interleave(repeats, 0)
-    plan = Plan(batch, request(rows, first, stop, window))
-    real = torch.arange(first, stop) >= torch.tensor(batch.table.padding).repeat_interleave(repeats)[:, None]
+    mask = columns.dense(range(first, stop), stop, window).repeat_interleave(repeats, 0)
+    attention = SparseAttention(request(columns, rows, first, stop, window))
+    real = torch.arange(first, stop) >= torch.tensor(columns.padding).repeat_interleave(repeats)[:, None]
     for grad in (False, True):  # with gradients the kernels without log-sum-exp run
         with torch.set_grad_enabled(grad):
-            output = sparse_attention(None, query.requires_grad_(grad), key, value, plan)[0]
+            output = attention(None, query.requires_grad_(grad), key, value)[0]
         torch.testing.assert_close(output[real], dense(query, key, value, mask)[real], rtol=1e-4, atol=1e-5)
-    return plan
+    return attention
 
 
 @settings(max_examples=60)
@@ -75,7 +76,7 @@ def test_windows(one, two, window, queries):
     prompts = [compile_prompt(ICLNode([1, 2], graph.sinks)) for graph in (one, two)]
     columns = max(len(prompt) for prompt in prompts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(leattn.attention.windows, "QUERIES", queries)  # a mask covers this many queries
+        patch.setattr(leattn.attention.plan, "WINDOW_QUERIES", queries)  # a mask covers this many queries
         check(prompts, beyond=3, repeats=2, window=window)
         check(prompts, first=columns, beyond=1, repeats=2, window=window)
         check(prompts, first=columns // 2, window=window)
@@ -84,11 +85,11 @@ def test_windows(one, two, window, queries):
 def test_a_window_is_masked_only_where_it_reaches_back_too_far():
     """Documents of 40 tokens at positions 5 to 45, and a question behind them: only the question looks back by more than 41."""
     prompt = compile_prompt(ICLNode(ids(6), [HEAD, *parallel([ids(40)] * 4, [HEAD])]))
-    assert [type(step.step) for (steps,) in [check([prompt], window=45).prompts] for step in steps][-1] is Mixed
-    kinds = [type(planned.step) for planned in check([prompt], window=45).prompts[0]]
-    assert kinds.count(Mixed) == 1
-    last = check([prompt], window=10).prompts[0][-1].step
-    assert len(last.keys) == 6 + 4 * 9  # its own, and of each document those less than 10 positions before its first token
+    masked = [getattr(step, "mask", None) is not None for step in check([prompt], window=45).steps[0]]
+    assert masked[-1]
+    assert masked.count(True) == 1
+    last = check([prompt], window=10).steps[0][-1]
+    assert last.mask.shape[1] == 6 + 4 * 9  # its own, and of each document those less than 10 positions before its first token
 
 
 @settings(max_examples=25)
@@ -143,7 +144,7 @@ def test_plans_are_few_groups():
     def plan(shape):
         prompt = SHAPES[shape]
         size = len(prompt)
-        return plan_groups(Batch([prompt], torch.device("cpu")).stretches(request(1, 0, size))[0])
+        return plan_groups(prompt.columns.stretches(range(size))[0])
 
     assert plan("causal") == [Group(0, 240, 1, ())]
     assert plan("siblings") == [Group(0, 5, 1, ()), Group(5, 7, 30, ((0, 5),)), Group(215, 6, 1, ((0, 215),))]
@@ -169,26 +170,16 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
 def test_nothing_of_size_s_by_s_is_made():
     prompt = compile_prompt(ICLNode(ids(64), parallel([ids(256)] * 32)))
     size = len(prompt)
-    batch = Batch([prompt], torch.device("cpu"))
     query, key, value = tensors(1, size, size)
     with torch.no_grad(), Largest() as largest:
-        sparse_attention(None, query, key, value, Plan(batch, request(1, 0, size)))
+        SparseAttention(request(prompt.columns, 1, 0, size))(None, query, key, value)
     assert largest.elements <= query.numel()
     assert largest.elements < size * size // 100
 
 
-class Programme(Batch):
+def of_stretches(stretches):
     """What a growing sequence would ask for: one row, and any stretches."""
-
-    def __init__(self, stretches):
-        self.given = stretches
-        self.table = SimpleNamespace(columns=stretches[-1].stop)
-
-    def repeats(self, rows):
-        return rows
-
-    def stretches(self, request):
-        return [self.given]
+    return SimpleNamespace(width=stretches[-1].stop, repeats=lambda rows: rows, stretches=lambda queries: [stretches])
 
 
 def by_hand(stretches, first, stop):
@@ -205,12 +196,11 @@ def by_hand(stretches, first, stop):
 def check_stretches(stretches):
     first, stop = stretches[0].start, stretches[-1].stop
     query, key, value = tensors(1, stop - first, stop)
-    plan = Plan(Programme(stretches), request(1, first, stop))
     with torch.no_grad():
-        output = sparse_attention(None, query, key, value, plan)[0]
+        output = SparseAttention(request(of_stretches(stretches), 1, first, stop))(None, query, key, value)[0]
     expected = dense(query, key, value, by_hand(stretches, first, stop)[None])
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
-    return [planned.step for planned in plan.prompts[0]]
+    return plan_groups(stretches)
 
 
 def branches(count, shared, steps):

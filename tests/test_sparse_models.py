@@ -189,18 +189,17 @@ def test_memory_grows_with_the_prompt_and_not_with_its_square():
     source = """
 import resource, torch
 from leattn import ICLNode, compile_prompt, parallel
-from leattn.attention.batch import Batch, MaskRequest
-from leattn.attention.sparse import Plan, sparse_attention
+from leattn.attention.request import Request
+from leattn.attention.sparse import SparseAttention
 prompt = compile_prompt(ICLNode([1] * 64, parallel([[1] * 512] * 64)))
 size = len(prompt)
 query, key, value = (torch.randn(1, heads, size, 16) for heads in (4, 2, 2))
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with torch.no_grad():
-    request = MaskRequest(1, range(size), size, None, torch.float32, query.device, None)
-    plan = Plan(Batch([prompt], query.device), request)
+    attention = SparseAttention(Request(prompt.columns, 1, range(size), size, None, torch.float32, query.device))
     before = peak()
-    sparse_attention(None, query, key, value, plan)
+    attention(None, query, key, value)
 print(peak() - before)
 """
     grown = int(subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True).stdout)

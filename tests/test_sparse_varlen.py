@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import leattn
 from leattn import BackendError, ICLNode, attend, causal, compile_prompt, parallel
 from leattn.attention import varlen
-from leattn.attention.batch import Batch, MaskRequest
-from leattn.attention.plan import Stretch
-from leattn.attention.sparse import Plan
+from leattn.attention.request import Request
+from leattn.attention.sparse import SparseAttention
+from leattn.prompt.columns import Columns, Stretch
 from leattn.prompt.visible import merge
 
 CPU = torch.device("cpu")
@@ -64,8 +64,8 @@ def emulated(monkeypatch):
     return kernel
 
 
-def request(rows, first, stop):
-    return MaskRequest(rows, range(first, stop), stop, None, torch.float32, CPU, None)
+def request(columns, rows, first, stop):
+    return Request(columns, rows, range(first, stop), stop, None, torch.float32, CPU)
 
 
 def dense(query, key, value, mask):
@@ -92,15 +92,14 @@ def run(packed, rows, length, keys, mask, *, heads=4, groups=2):
 
 
 def check(prompts, first=0, beyond=0, repeats=1, **heads):
-    batch = Batch(prompts, CPU)
-    stop = batch.table.columns + beyond
+    columns = Columns.of_prompts(prompts, CPU)
+    stop = columns.width + beyond
     rows = len(prompts) * repeats
-    columns = torch.arange(first, stop)
-    mask = batch.table.rows(columns, stop).repeat_interleave(repeats, 0)
-    padding = torch.tensor(batch.table.padding).repeat_interleave(repeats)
-    mask &= (columns >= padding[:, None])[:, :, None]
-    plan = Plan(batch, request(rows, first, stop))
-    return run(plan.packed, rows, stop - first, stop, mask, **heads)
+    mask = columns.dense(range(first, stop), stop).repeat_interleave(repeats, 0)
+    padding = torch.tensor(columns.padding).repeat_interleave(repeats)
+    mask &= (torch.arange(first, stop) >= padding[:, None])[:, :, None]
+    attention = SparseAttention(request(columns, rows, first, stop))
+    return run(attention.packed, rows, stop - first, stop, mask, **heads)
 
 
 @settings(max_examples=40)

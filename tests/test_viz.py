@@ -133,6 +133,8 @@ def test_plots_return_axes_and_write_only_where_told(tmp_path, monkeypatch):
         assert os.listdir(tmp_path) == []
         assert plot(prompt, ax=mine) is mine
         plot(prompt, path="picture.svg", title="")
+        low, high = (plot(prompt, title=title).get_figure().get_size_inches()[1] for title in ("one", "one\ntwo\nthree"))
+        assert high > low + 0.3  # room for each line
         assert (tmp_path / "picture.svg").read_text().startswith("<?xml")
         os.unlink("picture.svg")
         with pytest.raises(LeattnError, match="unknown suffix 'txt'"):

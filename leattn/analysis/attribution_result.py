@@ -8,10 +8,11 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
-from leattn.analysis.table import data_frame, html_table, text_table
+from leattn.analysis.table import data_frame, text_table
 from leattn.errors import LeattnError, choices
 from leattn.interventions.scores import Mode
 from leattn.prompt.compile import CompiledPrompt
+from leattn.table import html_table
 
 Method: TypeAlias = Literal["suppress_nodes", "cut_nodes", "cut_edges", "suppress_tokens"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -109,8 +110,10 @@ class Attribution:
         return f"Attribution({self.target!r}, {len(self.rows)} rows of {', '.join(self.methods)})"
 
     def _repr_html_(self) -> str:
-        tables = (html_table(method, *_cells(method, self.rank(method))) for method in self.methods)
-        return html_table(self._caption(), [], []) + "".join(tables)
+        # The head of each table says its method.
+        captions = {self.methods[0]: self._caption()}
+        tables = (html_table(*_cells(m, self.rank(m)), caption=captions.get(m, "")) for m in self.methods)
+        return "".join(tables)
 
     def _caption(self) -> str:
         layers = "all layers" if self.layers is None else f"layers {', '.join(map(str, self.layers))}"

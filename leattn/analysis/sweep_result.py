@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from leattn.analysis.table import data_frame, html_table, text_table
+from leattn.analysis.table import data_frame, text_table
 from leattn.errors import LeattnError, choices
+from leattn.table import html_table
 
 UNTOUCHED = "untouched"
 """The operation of a sweep's baseline rows."""
@@ -130,7 +131,7 @@ class SweepResult:
         return f"{self._caption()}\n\n{text_table(*self._cells())}"
 
     def _repr_html_(self) -> str:
-        return html_table(self._caption(), *self._cells())
+        return html_table(*self._cells(), caption=self._caption())
 
     def _caption(self) -> str:
         base = self.summary(UNTOUCHED)

@@ -1,9 +1,8 @@
-"""Rows in columns: as text, as HTML and as a pandas frame."""
+"""Rows in columns: as text and as a pandas frame."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from leattn.errors import LeattnError
@@ -30,15 +29,6 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         )
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def html_table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same for notebooks, under a caption."""
-    head = "".join(f"<th style='text-align:left'>{escape(name)}</th>" for name in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td style='text-align:left'>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f"<p>{escape(caption)}</p><table><tr>{head}</tr>{body}</table>"
 
 
 def data_frame(columns: Mapping[str, Sequence[Any]]) -> Any:

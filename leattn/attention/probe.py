@@ -17,7 +17,6 @@ from leattn.model.record import Model, probing
 from leattn.prompt.columns import Columns
 from leattn.prompt.compile import CompiledPrompt, compile_prompt
 
-
 CLASHES = (TypeError, AttributeError, LookupError, NotImplementedError, RuntimeError, ValueError)
 """What a family's code raises when a mask is not what it calculates with."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from html import escape
 
 import torch
 
@@ -14,6 +13,7 @@ from leattn.dag.node import ICLNode
 from leattn.errors import GraphError, LeattnError
 from leattn.generation.realise import continued_graph, written_graph
 from leattn.prompt.compile import CompiledPrompt
+from leattn.table import html_table
 
 
 @dataclass(frozen=True)
@@ -129,14 +129,9 @@ class Generation:
         return "\n".join(f"{name}: {text}" for name, text in self.texts.items()) if len(self.branches) > 1 else self.text
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td style='text-align:left'>{escape(name)}</td>"
-            f"<td style='text-align:left;white-space:pre-wrap'>{escape(sequence.text)}</td></tr>"
-            for name, sequences in self.branches.items()
-            for sequence in sequences
-        )
+        rows = [(name, sequence.text) for name, sequences in self.branches.items() for sequence in sequences]
         stats = self.stats
         reused = f", {stats.reused} reused" if stats.reused else ""
         cut = "" if self.complete else ", interrupted"
         note = f"{stats.generated} new tokens, {stats.computed} computed{reused}, {stats.seconds:.2f} s, {self.backend}{cut}"
-        return f"<table>{rows}</table><p>{note}</p>"
+        return html_table([], rows, note)

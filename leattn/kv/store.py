@@ -7,7 +7,6 @@ import threading
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from html import escape
 
 import torch
 
@@ -15,6 +14,7 @@ from leattn.errors import LeattnError, LeattnWarning
 from leattn.kv.disk import DamagedEntry, Directory
 from leattn.kv.keys import KEY_BYTES
 from leattn.kv.node import NodeKV
+from leattn.table import html_table
 
 
 @dataclass(frozen=True)
@@ -179,10 +179,7 @@ class KVStore:
             "tokens reused / computed": f"{stats.tokens_reused} / {stats.tokens_computed}",
             "evicted / damaged": f"{stats.evicted} / {stats.damaged}",
         }
-        cells = "".join(
-            f"<tr><td>{name}</td><td style='text-align:left'>{escape(text)}</td></tr>" for name, text in rows.items()
-        )
-        return f"<p>KVStore</p><table>{cells}</table>"
+        return html_table([], list(rows.items()), caption="KVStore")
 
     def _read(self, key: bytes) -> NodeKV | None:
         """From disk; a damaged file is a warning, and out of the way afterwards."""

@@ -17,10 +17,10 @@ from leattn.generation.session import session
 from leattn.kv.store import KVStore
 from leattn.model.record import Model
 from leattn.patterns.drafts import sampled, texts_of
-from leattn.patterns.table import html_table
 from leattn.prompt.compile import compile_prompt
 from leattn.prompt.positions import Positions
 from leattn.prompt.visible import Visibility
+from leattn.table import html_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ from leattn.errors import LeattnError, choices
 from leattn.generation.generate import generate
 from leattn.generation.result import Generation
 from leattn.patterns.drafts import check_written
-from leattn.patterns.table import html_table
+from leattn.table import html_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

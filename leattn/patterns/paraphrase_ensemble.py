@@ -21,10 +21,10 @@ from leattn.generation.sampling import Sampling, branch_seed
 from leattn.generation.session import Feed, session
 from leattn.kv.store import KVStore
 from leattn.model.record import Model
-from leattn.patterns.table import html_table
 from leattn.prompt.compile import CompiledPrompt, compile_prompt
 from leattn.prompt.positions import Positions, scheme_of
 from leattn.prompt.visible import Visibility
+from leattn.table import html_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

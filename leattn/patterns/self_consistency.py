@@ -12,7 +12,7 @@ from leattn.dag.graph import ICLGraph
 from leattn.generation.generate import generate
 from leattn.generation.result import Generation
 from leattn.patterns.drafts import sampled, texts_of
-from leattn.patterns.table import html_table
+from leattn.table import html_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

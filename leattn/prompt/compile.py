@@ -17,7 +17,7 @@ from leattn.dag.node import ICLNode
 from leattn.dag.tokens import tokenize_all
 from leattn.errors import CompileError, GraphError, LeattnError
 from leattn.prompt import masks
-from leattn.prompt.columns import Columns
+from leattn.prompt.columns import Columns, Row, fill
 from leattn.prompt.positions import Positions, start_positions
 from leattn.prompt.text import prompt_html, prompt_text
 from leattn.prompt.visible import Visibility, Visible, visible_relation
@@ -95,7 +95,9 @@ class CompiledPrompt:
 
     def dense_mask(self) -> torch.Tensor:
         """Boolean ``[S, S]``, rows are queries. The only thing here, with :meth:`additive_mask`, that takes S × S memory."""
-        return self.columns.dense(range(len(self)), len(self))[0]
+        mask = torch.zeros(len(self), len(self), dtype=torch.bool)
+        fill(mask, Row(self.visible, self.offsets).stretches(range(len(self))), 0)
+        return mask.to(self.input_ids.device)
 
     def additive_mask(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """``[1, 1, S, S]``: 0 where a token may attend and the smallest number of ``dtype`` elsewhere."""

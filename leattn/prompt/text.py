@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING
+
+from leattn.table import html_table
 
 if TYPE_CHECKING:
     from leattn.prompt.compile import CompiledPrompt
@@ -30,17 +31,14 @@ def prompt_text(prompt: CompiledPrompt) -> str:
 
 def prompt_html(prompt: CompiledPrompt) -> str:
     """The same table for notebooks, with the text of each node."""
-    body = []
+    cells: list[tuple[str, ...]] = []
     for row in _rows(prompt):
         if not row:
-            body.append(f"<tr><td colspan=6>… {len(prompt.graph) - 2 * EDGE_NODES} more nodes</td></tr>")
+            cells.append((f"… {len(prompt.graph) - 2 * EDGE_NODES} more nodes",))
             continue
         text = prompt[prompt.graph.nodes[int(row[0])]].text
-        text = text if len(text) <= 80 else text[:77] + "…"
-        cells = "".join(f"<td style='text-align:left'>{escape(cell)}</td>" for cell in (*row[:4], repr(text)))
-        body.append(f"<tr>{cells}<td style='font-family:monospace;white-space:pre'>{row[4]}</td></tr>")
-    head = "".join(f"<th style='text-align:left'>{name}</th>" for name in ("", "node", "tokens", "positions", "text", "sees"))
-    return f"<p>{escape(_summary(prompt))}</p><table><tr>{head}</tr>{''.join(body)}</table>"
+        cells.append((*row[:4], repr(text if len(text) <= 80 else text[:77] + "…"), row[4]))
+    return html_table(["", "node", "tokens", "positions", "text", "sees"], cells, caption=_summary(prompt), pre=[5])
 
 
 def _summary(prompt: CompiledPrompt) -> str:

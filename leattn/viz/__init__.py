@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 _HOMES = {"plot_mask": "mask", "plot_dag": "dag", "plot_attention": "attention", "fold_attention": "fold"}
 _HOMES |= {"plot_attribution": "attribution", "plot_sweep": "sweep"}
-_HOMES |= {"plot_norms": "norms", "plot_sinks": "sinks", "plot_tokens": "tokens", "save_report": "report"}
+_HOMES |= {"plot_norms": "norms", "plot_sinks": "sinks", "plot_tokens": "tokens", "save_report": "report", "PLOTS": "report"}
 
 __all__ = [
+    "PLOTS",
     "fold_attention",
     "plot_attention",
     "plot_attribution",
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from leattn.viz.fold import fold_attention
     from leattn.viz.mask import plot_mask
     from leattn.viz.norms import plot_norms
-    from leattn.viz.report import save_report
+    from leattn.viz.report import PLOTS, save_report
     from leattn.viz.sinks import plot_sinks
     from leattn.viz.sweep import plot_sweep
     from leattn.viz.tokens import plot_tokens

@@ -6,20 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.collections import LineCollection
 
 from leattn.errors import LeattnError, LeattnWarning
-from leattn.viz.brackets import Brackets
+from leattn.viz.brackets import square
+from leattn.viz.canvas import QUARTERS, colour_bar, finish, heat_map, label_axes, write_values
 from leattn.viz.fold import check_weights, fold_attention
 from leattn.viz.select import chosen_of, in_words, indices
-from leattn.viz.style import FAINT, INK, MASKED, FloatArray, drawable, new_axes, save, size_inches, text_width
+from leattn.viz.style import FloatArray, drawable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from leattn.analysis.trace import Trace
     from leattn.prompt.compile import CompiledPrompt
@@ -97,40 +96,22 @@ def plot_attention(
     count = len(mass)
     labels = [drawable(name) for name in prompt.graph.names.values()]
     title = f"attention from node to node\n{what}" if title is None else title
-    if ax is None:
-        side = float(np.clip(0.42 * count, 2.4, 5.6))
-        brackets = Brackets(np.arange(count + 1, dtype=np.float64), labels, side)
-        left, top = (
-            max(brackets.left, 0.5) + 0.15,
-            brackets.top + (0.12 if title == "" else 0.25 + 0.17 * len(title.splitlines())),
-        )
-        right = max(0.75, brackets.overhang, *(text_width(line, 10) - side for line in ["", *title.splitlines()])) + 0.15
-        ax = new_axes(left + side + right, 0.35 + side + top, (left, 0.35, side, side))
-    else:
-        brackets = Brackets(np.arange(count + 1, dtype=np.float64), labels, min(size_inches(ax)))
-
-    colours = matplotlib.colormaps["GnBu"].with_extremes(bad=MASKED)
+    side = float(np.clip(0.42 * count, 2.4, 5.6))
+    ax, brackets = square(ax, np.arange(count + 1, dtype=np.float64), labels, title, side, right=0.9)
     shown = np.ma.masked_array(mass, ~allowed)
-    image = ax.imshow(shown, cmap=colours, vmin=0.0, vmax=1.0, extent=(0, count, count, 0), aspect="auto")
+    image = heat_map(ax, shown, extent=(0, count, count, 0), interpolation=None)
     if count <= 3 * ANNOTATED:
         inner = range(1, count)
         lines = [[(i, 0), (i, count)] for i in inner] + [[(0, i), (count, i)] for i in inner]
         ax.add_collection(LineCollection(lines, colors="white", linewidths=0.8), autolim=False)
     if count <= ANNOTATED:
-        font = min(8.0, 0.3 * min(size_inches(ax)) * 72 / count)
-        for row, column in zip(*np.nonzero(allowed), strict=True):
-            value = float(mass[row, column])
-            colour = "white" if value > 0.6 else INK
-            ax.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=font, color=colour)
+        write_values(ax, shown, mass > 0.6, at=0.5)
     ax.set_xticks([])
     ax.set_yticks([])
-    ax.set_xlabel("key node", fontsize=8, color=FAINT)
-    ax.spines[:].set_visible(False)
+    label_axes(ax, "key node")
     brackets.draw(ax)
-    colour_bar(ax, image)
-    ax.set_title(title, loc="left", fontsize=10, color=INK, pad=brackets.top * 72 + 6, parse_math=False)
-    save(ax, path)
-    return ax
+    colour_bar(ax, image, "attention (a row sums to 1)", ticks=QUARTERS)
+    return finish(ax, title, path, lift=brackets.top)
 
 
 def _reduced(
@@ -188,19 +169,3 @@ def _allowed(prompt: CompiledPrompt) -> np.ndarray[tuple[int, int], np.dtype[np.
     for node, start, stop in zip(*prompt.visible.flat(), strict=True):
         allowed[node, start:stop] = True
     return allowed
-
-
-def colour_bar(
-    ax: Axes,
-    image: matplotlib.image.AxesImage,
-    label: str = "attention (a row sums to 1)",
-    ticks: Sequence[float] | None = (0, 0.25, 0.5, 0.75, 1),
-) -> None:
-    """A small bar to the right of the axes."""
-    width, height = size_inches(ax)
-    # An inset moves with its axes and takes no room from them.
-    inset = ax.inset_axes((1 + 0.12 / width, 0.0, 0.11 / width, min(1.0, 2.4 / height)))
-    bar = cast("Figure", ax.get_figure(root=True)).colorbar(image, cax=inset, ticks=ticks)
-    bar.outline.set_visible(False)
-    bar.set_label(label, fontsize=7, color=FAINT)
-    inset.tick_params(length=2, width=0.5, labelsize=7, color=FAINT, labelcolor=FAINT)

@@ -9,26 +9,14 @@ import matplotlib
 import numpy as np
 
 from leattn.errors import LeattnError
-from leattn.viz.brackets import Brackets
-from leattn.viz.style import (
-    FAINT,
-    INK,
-    MASKED,
-    PLAIN,
-    FloatArray,
-    drawable,
-    new_axes,
-    node_colours,
-    save,
-    size_inches,
-    text_width,
-)
+from leattn.viz.brackets import square
+from leattn.viz.canvas import colour_bar, finish, label_axes, new_axes, title_width, write_values
+from leattn.viz.style import FAINT, INK, MASKED, PLAIN, FloatArray, drawable, node_colours, text_width
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from leattn.analysis.attribution_result import Attribution, Importance
 
@@ -117,12 +105,10 @@ def _bars(attribution: Attribution, ranked: Sequence[Importance], ax: Axes | Non
     ]
     values = np.array([row.importance for row in shown])
     font = 8.5 if len(shown) <= 24 else 7.0
+    beside = max(text_width(label, font) for label in labels) + 0.1
     if ax is None:
-        height = float(np.clip(0.24 * len(shown), 0.7, 6.5))
-        left = max(text_width(label, font) for label in labels) + 0.25
-        width = max(4.0, *(text_width(line, 10) - left + 0.3 for line in title.splitlines() or [""]))
-        top = 0.15 + 0.18 * len(title.splitlines())
-        ax = new_axes(left + width + 0.55, 0.5 + height + top, (left, 0.5, width, height))
+        height, width = float(np.clip(0.24 * len(shown), 0.7, 6.5)), max(4.0, title_width(title) - beside + 0.15)
+        ax = new_axes(width, height, title, left=beside + 0.15, bottom=0.5, right=0.55, above=0.04, before=beside)
     places = np.arange(len(shown))
     colours = node_colours(len(graph))[[index[row.node] for row in shown]]
     ax.barh(places, values, height=0.74, color=colours, linewidth=0)
@@ -145,16 +131,10 @@ def _bars(attribution: Attribution, ranked: Sequence[Importance], ax: Axes | Non
         )
     ax.set_ylim(len(shown) - 0.4, -0.6)
     ax.set_yticks(places, labels, fontsize=font, color=INK, **PLAIN)
+    label_axes(ax, "nats of loss gained", spines=["bottom"], axis="x", labelsize=7.5)
     ax.tick_params(axis="y", length=0)
-    ax.tick_params(axis="x", length=2, width=0.5, labelsize=7.5, color=FAINT, labelcolor=FAINT)
-    ax.set_xlabel("nats of loss gained", fontsize=8, color=FAINT)
-    ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.spines["bottom"].set_color(FAINT)
-    left_of_axes = max(text_width(label, font) for label in labels) + 0.1
     # Over names and bars: a title over the bars alone would start in the middle of a narrow figure.
-    ax.set_title(title, loc="left", fontsize=10, color=INK, x=-left_of_axes / size_inches(ax)[0], ha="left", **PLAIN)
-    save(ax, path)
-    return ax
+    return finish(ax, title, path, before=beside)
 
 
 def _matrix(
@@ -172,15 +152,8 @@ def _matrix(
         seen[node, start:stop] = True
     labels = [drawable(name) for name in names]
     bounds = np.arange(count + 1, dtype=np.float64)
-    if ax is None:
-        side = float(np.clip(0.42 * count, 2.4, 5.6))
-        brackets = Brackets(bounds, labels, side)
-        left = max(brackets.left, 0.5) + 0.15
-        top = brackets.top + (0.12 if title == "" else 0.25 + 0.17 * len(title.splitlines()))
-        right = max(0.85, brackets.overhang, *(text_width(line, 10) - side for line in ["", *title.splitlines()])) + 0.15
-        ax = new_axes(left + side + right, 0.35 + side + top, (left, 0.35, side, side))
-    else:
-        brackets = Brackets(bounds, labels, min(size_inches(ax)))
+    side = float(np.clip(0.42 * count, 2.4, 5.6))
+    ax, brackets = square(ax, bounds, labels, title, side, right=1.0)
     extent = (0, count, count, 0)
     ground = np.where(seen[..., None], 1.0, matplotlib.colors.to_rgb(MASKED))
     ax.imshow(ground, extent=extent, aspect="auto", interpolation="nearest")
@@ -188,26 +161,20 @@ def _matrix(
     shades = matplotlib.colors.Normalize(-largest, largest)
     shown = np.ma.masked_invalid(values)
     image = ax.imshow(shown, cmap="RdBu_r", norm=shades, extent=extent, aspect="auto", interpolation="nearest")
-    _marks(ax, values, seen, largest)
+    _marks(ax, values, seen)
+    if count <= ANNOTATED:
+        write_values(ax, shown, abs(values) > 0.6 * largest, at=0.5, share=0.27, text=_number)
     ax.set_xticks([])
     ax.set_yticks([])
     uncut = bool((seen & np.isnan(values)).any())
-    ax.set_xlabel("key node: no longer seen" + "; dots: edges left alone" * uncut, fontsize=8, color=FAINT)
-    ax.spines[:].set_visible(False)
+    label_axes(ax, "key node: no longer seen" + "; dots: edges left alone" * uncut)
     brackets.draw(ax)
-    width, height = size_inches(ax)
-    inset = ax.inset_axes((1 + 0.12 / width, 0.0, 0.11 / width, min(1.0, 2.4 / height)))
-    bar = cast("Figure", ax.get_figure(root=True)).colorbar(image, cax=inset)
-    bar.outline.set_visible(False)
-    bar.set_label("nats of loss gained", fontsize=7, color=FAINT)
-    inset.tick_params(length=2, width=0.5, labelsize=7, color=FAINT, labelcolor=FAINT)
-    ax.set_title(title, loc="left", fontsize=10, color=INK, pad=brackets.top * 72 + 6, parse_math=False)
-    save(ax, path)
-    return ax
+    colour_bar(ax, image, "nats of loss gained")
+    return finish(ax, title, path, lift=brackets.top)
 
 
-def _marks(ax: Axes, values: FloatArray, seen: FloatArray, largest: float) -> None:
-    """Lines between cells, values where there is room, dots where an edge was not cut."""
+def _marks(ax: Axes, values: FloatArray, seen: FloatArray) -> None:
+    """Lines between cells, and dots where an edge was not cut."""
     count = len(values)
     if count <= 3 * ANNOTATED:
         for lines in (ax.hlines, ax.vlines):
@@ -215,13 +182,6 @@ def _marks(ax: Axes, values: FloatArray, seen: FloatArray, largest: float) -> No
     unmeasured = np.argwhere(seen & np.isnan(values))
     if len(unmeasured):
         ax.scatter(unmeasured[:, 1] + 0.5, unmeasured[:, 0] + 0.5, s=4, color=FAINT, linewidths=0)
-    if count > ANNOTATED:
-        return
-    font = min(8.0, 0.27 * min(size_inches(ax)) * 72 / count)
-    for row, column in np.argwhere(~np.isnan(values)):
-        value = float(values[row, column])
-        colour = "white" if abs(value) > 0.6 * largest else INK
-        ax.text(column + 0.5, row + 0.5, _number(value), ha="center", va="center", fontsize=font, color=colour)
 
 
 def _number(value: float) -> str:

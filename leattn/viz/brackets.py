@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from matplotlib.collections import LineCollection
 
+from leattn.viz.canvas import new_axes, size_inches
 from leattn.viz.spread import spread_within
-from leattn.viz.style import FAINT, INK, PLAIN, FloatArray, node_colours, node_shades, size_inches, text_width
+from leattn.viz.style import FAINT, INK, PLAIN, FloatArray, node_colours, node_shades, text_width
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -149,3 +150,22 @@ class Brackets:
                 insort(taken, centre)
                 chosen.append(i)
         return chosen
+
+
+def square(
+    ax: Axes | None,
+    bounds: FloatArray,
+    labels: Sequence[str],
+    title: str,
+    side: float,
+    *,
+    left: float = 0.15,
+    bottom: float = 0.35,
+    right: float,
+) -> tuple[Axes, Brackets]:
+    """The axes of a picture with brackets on both sides, ``side`` inches long unless they are given, and the brackets."""
+    if ax is not None:
+        return ax, Brackets(bounds, labels, min(size_inches(ax)))
+    found = Brackets(bounds, labels, side)
+    left, right = max(found.left, 0.5) + left, max(found.overhang + 0.15, right)
+    return new_axes(side, side, title, left=left, bottom=bottom, right=right, above=found.top + 0.12), found

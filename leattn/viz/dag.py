@@ -13,8 +13,9 @@ from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode, Prefix
 from leattn.prompt.compile import CompiledPrompt, as_graph
 from leattn.viz.boxes import FONT, HEIGHT, Boxes
+from leattn.viz.canvas import finish, new_axes, size_inches, title_width
 from leattn.viz.layers import Layout, lay_out
-from leattn.viz.style import INK, FloatArray, drawable, new_axes, node_colours, save, size_inches, text_width
+from leattn.viz.style import FloatArray, drawable, node_colours, text_width
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +25,6 @@ MAX_ARROWS = 80
 """Graphs of up to this many nodes and straight arrows are drawn by daft, larger ones as a handful of collections."""
 MAX_EDGES = 6000
 _MARGIN = 0.2
-_TITLE = 0.36
 _LARGEST = (16.0, 24.0)
 
 
@@ -89,7 +89,7 @@ def plot_dag(
         title += f"; dashed: written by the model ({len(written):,})" if written else ""
 
     arcs = _arcs(layout, edges, widths)
-    ax, size = _axes(ax, layout, widths, arcs, 0.0 if title == "" else _TITLE, text_width(title, 10))
+    ax, size = _axes(ax, layout, widths, arcs, title)
     boxes = Boxes(ax, layout.centres, labels, widths, node_colours(count), cut, written, size)
     boxes.draw_curves(arcs, layout.bends)
     straight = [edge for edge in edges if edge not in arcs and edge not in layout.bends]
@@ -97,9 +97,7 @@ def plot_dag(
         boxes.draw_with_daft(straight)
     else:
         boxes.draw_collections(straight)
-    ax.set_title(title, loc="left", fontsize=10, color=INK, parse_math=False)
-    save(ax, path)
-    return ax
+    return finish(ax, title, path)
 
 
 def _edges(graph: ICLGraph) -> tuple[list[tuple[int, int]], int]:
@@ -134,8 +132,7 @@ def _axes(
     layout: Layout,
     widths: list[float],
     arcs: dict[tuple[int, int], FloatArray],
-    title: float,
-    title_width: float,
+    title: str,
 ) -> tuple[Axes, float]:
     """Axes in units of inches, and how much smaller than planned everything is."""
     half = np.asarray(widths) / 2
@@ -148,8 +145,8 @@ def _axes(
     width, height = float(high_x - low_x), float(high_y - low_y)
     if ax is None:
         size = min(1.0, _LARGEST[0] / width, _LARGEST[1] / height)
-        inner = (max(width * size, title_width + 0.1 if title else 0.0), height * size)
-        ax = new_axes(inner[0] + _MARGIN, inner[1] + title, (_MARGIN, 0.0, *inner))
+        inner = (max(width * size, title_width(title) + 0.1), height * size)
+        ax = new_axes(*inner, title, left=_MARGIN, bottom=0.0, above=0.08)
     else:
         inner = size_inches(ax)
         size = min(1.0, inner[0] / width, inner[1] / height)

@@ -15,21 +15,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from leattn.errors import LeattnError, choices
 from leattn.prompt.columns import Row
 from leattn.prompt.masks import block_counts
-from leattn.viz.brackets import Brackets
-from leattn.viz.style import (
-    FAINT,
-    INK,
-    MASKED,
-    FloatArray,
-    drawable,
-    lighten,
-    new_axes,
-    node_shades,
-    save,
-    shades,
-    size_inches,
-    text_width,
-)
+from leattn.viz.brackets import square
+from leattn.viz.canvas import finish, label_axes, size_inches
+from leattn.viz.style import MASKED, FloatArray, drawable, lighten, node_shades, shades
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,19 +97,8 @@ def plot_mask(
         tokens = f"{len(prompt):,} token{'s' * (len(prompt) != 1)}"
         density = f"{prompt.density:.2f}" if prompt.density >= 0.1 else f"{prompt.density:.2g}"
         title = f"attention mask: {tokens}, {nodes}, density {density}"
-    if ax is None:
-        side = 4.2 if count <= 24 else 5.6
-        brackets = Brackets(bounds.astype(np.float64), labels, side)
-        right, bottom, top = (
-            max(0.75, brackets.overhang + 0.1, text_width(title, 10) - side + 0.1),
-            0.55,
-            brackets.top + (0.12 if title == "" else 0.4),
-        )
-        left = max(brackets.left, 0.6) + 0.3
-        ax = new_axes(left + side + right, bottom + side + top, (left, bottom, side, side))
-    else:
-        brackets = Brackets(bounds.astype(np.float64), labels, min(size_inches(ax)))
-
+    side = 4.2 if count <= 24 else 5.6
+    ax, brackets = square(ax, bounds.astype(np.float64), labels, title, side, left=0.3, bottom=0.55, right=0.75)
     total = int(bounds[-1])
     stairs = scale == "tokens" and total <= STAIRS
     found = rectangles(prompt.visible, node_shades(count), limit=MAX_RECTANGLES)
@@ -132,9 +109,7 @@ def plot_mask(
     _draw_grid(ax, bounds, stairs=stairs)
     _draw_axes(ax, total, scale)
     brackets.draw(ax)
-    ax.set_title(title, loc="left", fontsize=10, color=INK, pad=brackets.top * 72 + 6, parse_math=False)
-    save(ax, path)
-    return ax
+    return finish(ax, title, path, lift=brackets.top)
 
 
 def rectangles(visible: Visible, shade: npt.NDArray[np.int64], *, limit: int | None = None) -> list[Rectangle] | None:
@@ -234,13 +209,10 @@ def _draw_axes(ax: Axes, total: int, scale: str) -> None:
     ax.set_facecolor(MASKED)
     ax.set_xlim(0, total)
     ax.set_ylim(total, 0)
-    ax.spines[:].set_visible(False)
     unit = "token" if scale == "tokens" else "node"
-    ax.set_xlabel(f"key {unit}", fontsize=8, color=FAINT)
-    ax.set_ylabel(f"query {unit}", fontsize=8, color=FAINT)
+    label_axes(ax, f"key {unit}", f"query {unit}", length=2.5, width=0.6, pad=2)
     ax.yaxis.set_label_position("right")
     ax.yaxis.tick_right()
-    ax.tick_params(length=2.5, width=0.6, labelsize=7, color=FAINT, labelcolor=FAINT, pad=2)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(6, integer=True))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

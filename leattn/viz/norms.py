@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -10,9 +9,9 @@ import numpy as np
 
 from leattn.errors import LeattnError, choices
 from leattn.viz.brackets import Brackets
+from leattn.viz.canvas import finish, label_axes, name_ends, new_axes, number_ticks, size_inches
 from leattn.viz.select import layer_rows
-from leattn.viz.spread import spread_within
-from leattn.viz.style import FAINT, INK, PLAIN, FloatArray, drawable, new_axes, node_colours, save, size_inches
+from leattn.viz.style import FAINT, INK, PLAIN, FloatArray, drawable, node_colours
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,12 +83,11 @@ def _draw_tokens(trace: Trace, values: FloatArray, ax: Axes | None, path: str | 
     prompt, series = trace.prompt, values[0]
     groups, size = series.shape
     labels = [drawable(name) for name in prompt.graph.names.values()]
-    width = 7.2
+    width = 7.2 if ax is None else size_inches(ax)[0]
     brackets = Brackets(np.asarray(prompt.offsets, dtype=np.float64), labels, width)
     if ax is None:
-        top = brackets.top + (0.12 if title == "" else 0.25 + 0.17 * len(title.splitlines()))
-        right = max(0.7, brackets.overhang + 0.1)
-        ax = new_axes(0.75 + width + right, 0.55 + 2.4 + top, (0.75, 0.55, width, 2.4))
+        right, above = max(0.7, brackets.overhang + 0.1), brackets.top + 0.12
+        ax = new_axes(width, 2.4, title, left=0.75, bottom=0.55, right=right, above=above)
     colours = node_colours(len(labels))[prompt.node_index.cpu().numpy()]
     places = np.arange(size) + 0.5
     point = float(np.clip(size_inches(ax)[0] * 72 / size, 1.2, 4.5)) ** 2
@@ -101,12 +99,10 @@ def _draw_tokens(trace: Trace, values: FloatArray, ax: Axes | None, path: str | 
     ax.set_xlim(0, size)
     _scale(ax, series)
     if 1 < groups <= HEADS_NAMED:
-        _name_lines(ax, series[:, -1], [f"head {head}" for head in range(groups)])
+        name_ends(ax, series[:, -1].tolist(), [f"head {head}" for head in range(groups)], font=7, pitch=9.5)
     _style(ax, "token of the layout")
     brackets.draw(ax, ["top"])
-    ax.set_title(title, loc="left", fontsize=10, color=INK, pad=brackets.top * 72 + 6, parse_math=False)
-    save(ax, path)
-    return ax
+    return finish(ax, title, path, lift=brackets.top)
 
 
 def _draw_layers(trace: Trace, values: FloatArray, ax: Axes | None, path: str | Path | None, title: str) -> Axes:
@@ -116,8 +112,7 @@ def _draw_layers(trace: Trace, values: FloatArray, ax: Axes | None, path: str | 
     order = np.argsort(-norms, axis=1, kind="stable")[:, :most]
     top = np.take_along_axis(norms, order, 1)
     if ax is None:
-        above = 0.2 if title == "" else 0.3 + 0.17 * len(title.splitlines())
-        ax = new_axes(0.75 + 5.2 + 1.0, 0.55 + 2.8 + above, (0.75, 0.55, 5.2, 2.8))
+        ax = new_axes(5.2, 2.8, title, left=0.75, bottom=0.55, right=1.0, above=0.17)
     node_of = trace.prompt.node_index.cpu().numpy()
     colours = node_colours(len(trace.prompt.graph))
     names = [drawable(name, 16) for name in trace.prompt.graph.names.values()]
@@ -137,16 +132,13 @@ def _draw_layers(trace: Trace, values: FloatArray, ax: Axes | None, path: str | 
             )  # fmt: skip
         said = token
     _scale(ax, norms)
-    ends = [median[-1], *top[-1, ::-1]]
-    _name_lines(ax, np.array(ends), ["median", *["largest", "second", "third"][:most][::-1]])
+    ends = [float(median[-1]), *top[-1, ::-1].tolist()]
+    name_ends(ax, ends, ["median", *["largest", "second", "third"][:most][::-1]], font=7, pitch=9.5)
     margin = 0.03 * max(len(places) - 1, 1)
     ax.set_xlim(-margin, max(len(places) - 1, 1) + margin)
-    step = -(-len(places) // 16)
-    ax.set_xticks(places[::step], [str(number) for number in trace.layers[::step]])
+    number_ticks(ax.xaxis, trace.layers, 16)
     _style(ax, "layer")
-    ax.set_title(title, loc="left", fontsize=10, color=INK, pad=10, parse_math=False)
-    save(ax, path)
-    return ax
+    return finish(ax, title, path, lift=4 / 72)
 
 
 def _scale(ax: Axes, values: FloatArray) -> None:
@@ -158,27 +150,6 @@ def _scale(ax: Axes, values: FloatArray) -> None:
         ax.set_ylim(0, max(float(values.max()), 1e-12) * 1.12)
 
 
-def _name_lines(ax: Axes, ends: FloatArray, names: Sequence[str]) -> None:
-    """Names to the right of the axes, where their lines end, without overlap."""
-    low, high = ax.get_ylim()
-    if ax.get_yscale() == "log":
-        fractions = (np.log(ends) - np.log(low)) / (np.log(high) - np.log(low))
-    else:
-        fractions = (ends - low) / (high - low)
-    width, height = size_inches(ax)
-    order = np.argsort(fractions, kind="stable")
-    pitch = 9.5 / 72 / height
-    places = spread_within(fractions[order], pitch, 0.02, 0.98)
-    for i, place in zip(order, places, strict=True):
-        x = 1 + 4 / 72 / width
-        ax.text(x, place, names[i], transform=ax.transAxes, fontsize=7, color=INK, va="center", **PLAIN)
-
-
 def _style(ax: Axes, across: str) -> None:
-    ax.set_xlabel(across, fontsize=8, color=FAINT)
-    ax.set_ylabel("Euclidean norm", fontsize=8, color=FAINT)
-    ax.tick_params(length=2, width=0.5, labelsize=7, color=FAINT, labelcolor=FAINT, which="both")
-    ax.spines[["top", "right"]].set_visible(False)
-    for side in ("left", "bottom"):
-        ax.spines[side].set_color(FAINT)
-        ax.spines[side].set_linewidth(0.5)
+    label_axes(ax, across, "Euclidean norm", spines=["left", "bottom"], which="both")
+    ax.spines[:].set_linewidth(0.5)

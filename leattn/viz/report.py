@@ -4,24 +4,60 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, TypeAlias
 
+from matplotlib.artist import Artist
+from matplotlib.figure import Figure
+
+from leattn.errors import LeattnError
 from leattn.viz.attention import plot_attention
+from leattn.viz.canvas import check_suffix, not_shown, save
 from leattn.viz.norms import plot_norms
 from leattn.viz.select import layer_rows
 from leattn.viz.sinks import plot_sinks
-from leattn.viz.style import new_axes, not_shown, size_inches
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from leattn.analysis.trace import Trace
 
+Plot: TypeAlias = "Callable[..., Axes | Figure]"
+"""``plot(trace)``, or ``plot(trace, layer=i)`` where its file has ``{layer}`` in its name."""
 FIRST = 10
 
 
-def save_report(trace: Trace, directory: str | Path, *, layers: Sequence[int] | None = None) -> tuple[Path, ...]:
+def _keys_and_values(trace: Trace, *, layer: int) -> Axes:
+    """Two axes, one above the other, each as large as it would be by itself."""
+    upper = plot_norms(trace, kind="keys", layer=layer)
+    figure = upper.get_figure(root=True)
+    assert figure is not None
+    width, height = figure.get_size_inches()
+    left, bottom, across, up = upper.get_position(original=True).bounds
+    figure.set_size_inches(width, 2 * height)
+    upper.set_position((left, (1 + bottom) / 2, across, up / 2))
+    return plot_norms(trace, kind="values", layer=layer, ax=figure.add_axes((left, bottom / 2, across, up / 2)))
+
+
+PLOTS: Mapping[str, Plot] = MappingProxyType(
+    {
+        "layer_{layer}_attention.png": plot_attention,
+        "hidden_states_{layer}_norm.png": plot_norms,
+        "kv_{layer}_norm.png": _keys_and_values,
+        "sinks.png": plot_sinks,
+        "hidden_norms.png": plot_norms,
+    }
+)
+"""The pictures of a report: file name → what draws it."""
+
+
+def save_report(
+    trace: Trace, directory: str | Path, *, layers: Sequence[int] | None = None, plots: Mapping[str, Plot] = PLOTS
+) -> tuple[Path, ...]:
     """Write pictures of attention and norms, layer by layer.
 
     For each layer i ``layer_{i}_attention.png`` (node to node, mean over the heads), ``hidden_states_{i}_norm.png`` and
@@ -36,15 +72,20 @@ def save_report(trace: Trace, directory: str | Path, *, layers: Sequence[int] | 
         Made if need be.
     layers
         Which; by default the first ten that were traced.
+    plots
+        Which pictures, as file name → function: ``dict(leattn.viz.PLOTS)`` with any of them added, replaced or left out. The
+        function of ``"mine.png"`` is called with the trace, that of ``"mine_{layer}.png"`` once per layer with ``layer=i``,
+        too; each returns the axes or the figure to be written. PNG, SVG or PDF by the suffix.
 
     Returns
     -------
-    The paths, in the order above.
+    The paths as they were written: layer by layer, then those of all layers.
 
     Raises
     ------
     LeattnError
-        A layer that was not traced, before anything is written.
+        A layer that was not traced or a name that no picture can have, before anything is written. A plot that returns neither
+        axes nor a figure.
 
     Examples
     --------
@@ -55,15 +96,33 @@ def save_report(trace: Trace, directory: str | Path, *, layers: Sequence[int] | 
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     [path.name for path in save_report(trace(model, prompt, layers=0), folder)][:3]
     ['layer_0_attention.png', 'hidden_states_0_norm.png', 'kv_0_norm.png']
+
+    A picture of one's own beside them, how widely each node looks around in a layer:
+
+    >>> import torch
+    >>> from matplotlib.figure import Figure
+    >>> def entropy(trace, *, layer):
+    ...     shares = trace.mass[trace.layers.index(layer)].mean(0)
+    ...     ax = Figure().add_subplot(ylabel="entropy of attention over nodes (nats)")
+    ...     ax.bar(list(trace.prompt.graph.names.values()), torch.special.entr(shares).sum(-1).tolist())
+    ...     return ax
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     plots = {**leattn.viz.PLOTS, "entropy_{layer}.svg": entropy}
+    ...     [path.name for path in save_report(trace(model, prompt, layers=0), folder, plots=plots)][-3:]
+    ['entropy_0.svg', 'sinks.png', 'hidden_norms.png']
     """
     rows = range(min(FIRST, len(trace.layers))) if layers is None else layer_rows(trace, layers)
-    pictures: dict[str, Callable[[Path], object]] = {}
-    for number in (trace.layers[row] for row in rows):
-        pictures[f"layer_{number}_attention.png"] = partial(_attention, trace, number)
-        pictures[f"hidden_states_{number}_norm.png"] = partial(_hidden, trace, number)
-        pictures[f"kv_{number}_norm.png"] = partial(_keys_and_values, trace, number)
-    pictures["sinks.png"] = lambda path: plot_sinks(trace, path=path)
-    pictures["hidden_norms.png"] = lambda path: plot_norms(trace, path=path)
+    for name in plots:
+        check_suffix(name)
+        if Path(name).name != name:
+            raise LeattnError(f"{name!r} is a path; plots are named by files, which are all put into the folder of the report")
+    each = [name for name in plots if "{layer}" in name]
+    pictures = {
+        name.replace("{layer}", str(number)): partial(plots[name], trace, layer=number)
+        for number in (trace.layers[row] for row in rows)
+        for name in each
+    }
+    pictures |= {name: partial(plot, trace) for name, plot in plots.items() if name not in each}
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in pictures.items():
@@ -71,35 +130,18 @@ def save_report(trace: Trace, directory: str | Path, *, layers: Sequence[int] | 
     return tuple(folder / name for name in pictures)
 
 
-def _attention(trace: Trace, layer: int, path: Path) -> None:
-    plot_attention(trace, layer=layer, path=path)
-
-
-def _hidden(trace: Trace, layer: int, path: Path) -> None:
-    plot_norms(trace, layer=layer, path=path)
-
-
-def _keys_and_values(trace: Trace, layer: int, path: Path) -> None:
-    """Two axes, one above the other, each as large as it would be by itself."""
-    alone = plot_norms(trace, kind="keys", layer=layer).get_figure(root=True)
-    assert alone is not None
-    width, height = alone.get_size_inches()
-    place = alone.axes[0].get_position(original=True)
-    box = (place.x0 * width, place.y0 * height, *size_inches(alone.axes[0]))
-    upper = new_axes(width, 2 * height, (box[0], box[1] + height, box[2], box[3]))
-    figure = upper.get_figure(root=True)
-    assert figure is not None
-    lower = figure.add_axes((box[0] / width, box[1] / (2 * height), box[2] / width, box[3] / (2 * height)))
-    plot_norms(trace, kind="keys", layer=layer, ax=upper)
-    plot_norms(trace, kind="values", layer=layer, ax=lower, path=path)
-
-
-def _write_whole(path: Path, draw: Callable[[Path], object]) -> None:
-    """Draw to a file beside it, then rename: an interrupted report leaves no half of a picture."""
+def _write_whole(path: Path, draw: Callable[[], Axes | Figure]) -> None:
+    """Write to a file beside it, then rename: an interrupted report leaves no half of a picture."""
     temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
+    with not_shown():
+        drawn: object = draw()
+    figure = drawn.get_figure(root=True) if isinstance(drawn, Artist) else None
+    if not isinstance(figure, Figure):
+        raise LeattnError(f"the plot for {path.name} returned {drawn!r}; return the axes or the figure to be written")
     try:
-        with not_shown():
-            draw(temporary)
+        save(figure, temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+        if "matplotlib.pyplot" in sys.modules:  # which else would keep a figure that was made with it, and show it
+            sys.modules["matplotlib.pyplot"].close(figure)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
 
-from leattn.viz.attention import colour_bar
-from leattn.viz.style import FAINT, INK, MASKED, drawable, new_axes, save, size_inches, text_width
+from leattn.viz.canvas import QUARTERS, colour_bar, finish, heat_map, label_axes, new_axes, number_ticks, write_values
+from leattn.viz.style import drawable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,25 +68,12 @@ def plot_sinks(
         title = f"attention to {whose}\nmean over the tokens that see it, {trace.dtype}, {trace.model}"
     if ax is None:
         width, height = float(np.clip(0.42 * heads, 1.6, 7.0)), float(np.clip(0.3 * layers, 1.3, 7.0))
-        above = 0.15 if title == "" else 0.2 + 0.19 * len(title.splitlines())
-        right = max(0.8, *(text_width(line, 10) - width for line in ["", *title.splitlines()])) + 0.15
-        ax = new_axes(0.6 + width + right, 0.5 + height + above, (0.6, 0.5, width, height))
-    colours = matplotlib.colormaps["GnBu"].with_extremes(bad=MASKED)
-    image = ax.imshow(shown, cmap=colours, vmin=0.0, vmax=1.0, aspect="auto", interpolation="nearest")
+        ax = new_axes(width, height, title, left=0.6, bottom=0.5, right=0.95, above=0.11)
+    image = heat_map(ax, shown)
     if layers * heads <= ANNOTATED:
-        font = min(7.5, 0.3 * size_inches(ax)[0] * 72 / heads, 0.6 * size_inches(ax)[1] * 72 / layers)
-        for (row, column), value in np.ndenumerate(shares):
-            if seen[row, column].any():
-                colour = "white" if value > 0.6 else INK
-                ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=font, color=colour)
-    every = -(-layers // 24), -(-heads // 16)
-    ax.set_yticks(range(0, layers, every[0]), [str(number) for number in trace.layers[:: every[0]]])
-    ax.set_xticks(range(0, heads, every[1]))
-    ax.set_xlabel("head", fontsize=8, color=FAINT)
-    ax.set_ylabel("layer", fontsize=8, color=FAINT)
-    ax.tick_params(length=0, labelsize=7, labelcolor=FAINT)
-    ax.spines[:].set_visible(False)
-    colour_bar(ax, image, "share of the attention")
-    ax.set_title(title, loc="left", fontsize=10, color=INK, parse_math=False)
-    save(ax, path)
-    return ax
+        write_values(ax, shown, shares > 0.6, largest=7.5)
+    number_ticks(ax.yaxis, trace.layers, 24)
+    number_ticks(ax.xaxis, range(heads), 16)
+    label_axes(ax, "head", "layer", length=0)
+    colour_bar(ax, image, "share of the attention", ticks=QUARTERS)
+    return finish(ax, title, path)

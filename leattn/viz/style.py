@@ -1,25 +1,15 @@
-"""What all pictures share: colours of nodes, names that are safe to draw, figures and files."""
+"""What all pictures are drawn with: colours of nodes, names that are safe to draw and how wide they are."""
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import matplotlib
 import numpy as np
 import numpy.typing as npt
-from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
-
-from leattn.errors import LeattnError, choices
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -106,58 +96,3 @@ def _advance(character: str) -> float:
     font = get_font(findfont(FontProperties()))
     font.set_size(64, 72)
     return float(font.load_char(ord(character)).linearHoriAdvance) / 65536 / 64
-
-
-_aside: ContextVar[bool] = ContextVar("leattn_figures_aside", default=False)
-
-
-@contextmanager
-def not_shown() -> Iterator[None]:
-    """Figures made in the block are only for files: a notebook does not show them."""
-    token = _aside.set(True)
-    try:
-        yield
-    finally:
-        _aside.reset(token)
-
-
-def new_axes(width: float, height: float, box: tuple[float, float, float, float] | None = None) -> Axes:
-    """Axes in a figure of ``width`` × ``height`` inches; ``box`` is their left, bottom, width and height in inches.
-
-    Only where a notebook shows pyplot's figures, and closes them itself, is the figure one of pyplot's.
-    """
-    if "inline" in str(matplotlib.get_backend(auto_select=False)) and not _aside.get():
-        import matplotlib.pyplot as plt
-
-        figure = plt.figure(figsize=(width, height))
-    else:
-        figure = Figure(figsize=(width, height))
-    left, bottom, inner_width, inner_height = box or (0.0, 0.0, width, height)
-    return figure.add_axes((left / width, bottom / height, inner_width / width, inner_height / height))
-
-
-def size_inches(ax: Axes) -> tuple[float, float]:
-    """Width and height of the axes' place in the figure, in inches."""
-    place = ax.get_position(original=True)
-    width, height = cast(Figure, ax.get_figure(root=True)).get_size_inches()
-    return float(place.width * width), float(place.height * height)
-
-
-def save(ax: Axes, path: str | Path | None) -> None:
-    """Write the figure of ``ax`` to ``path``, if there is one.
-
-    Raises
-    ------
-    LeattnError
-        A suffix that is no picture format.
-    """
-    if path is None:
-        return
-    figure = cast(Figure, ax.get_figure(root=True))
-    known = figure.canvas.get_supported_filetypes()
-    suffix = Path(path).suffix.lower().lstrip(".")
-    if suffix not in known:
-        raise LeattnError(f"cannot write {str(path)!r}: " + choices("suffix", suffix, sorted(known)))
-    # Without the date, the same picture is the same file.
-    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    figure.savefig(path, dpi=DPI, metadata=undated.get(suffix))

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from leattn.errors import LeattnError, choices
-from leattn.viz.spread import spread_within
-from leattn.viz.style import FAINT, INK, PLAIN, drawable, new_axes, node_colours, save, size_inches, text_width
+from leattn.viz.canvas import colour_bar, finish, heat_map, label_axes, name_ends, new_axes, number_ticks, write_values
+from leattn.viz.style import INK, drawable, node_colours, text_width
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from leattn.analysis.sweep_result import SweepResult
 
@@ -84,12 +83,12 @@ def plot_sweep(
     for name in chosen:
         if name not in known:
             raise LeattnError(choices(f"operation for kind={kind!r}", name, known))
-    drawn = _curves(result, chosen, ax, title) if kind == "layers" else _heat_map(result, chosen[0], target, ax, title)
-    save(drawn, path)
-    return drawn
+    if kind == "layers":
+        return _curves(result, chosen, ax, path, title)
+    return _heat_map(result, chosen[0], target, ax, path, title)
 
 
-def _curves(result: SweepResult, chosen: Sequence[str], ax: Axes | None, title: str | None) -> Axes:
+def _curves(result: SweepResult, chosen: Sequence[str], ax: Axes | None, path: str | Path | None, title: str | None) -> Axes:
     if title is None:
         seeds = f", {len(result.seeds)} seeds" if len(result.seeds) > 1 else ""
         title = f"{_quantity(result.metric)} against layer\n{_model(result)}{seeds}, {result.interval} 95 % interval"
@@ -98,9 +97,7 @@ def _curves(result: SweepResult, chosen: Sequence[str], ax: Axes | None, title: 
     if ax is None:
         width, height = float(np.clip(0.3 * len(result.layers), 3.6, 6.5)), 2.6
         right = max(text_width(end, font) for end in [*ends, "untouched"]) + 0.3
-        right = max(right, *(text_width(line, 10) - width + 0.1 for line in ["", *title.splitlines()]))
-        top = 0.15 + 0.18 * len(title.splitlines())
-        ax = new_axes(0.75 + width + right, 0.5 + height + top, (0.75, 0.5, width, height))
+        ax = new_axes(width, height, title, left=0.75, bottom=0.5, right=right, above=0.04)
     order = sorted(result.layers)
     colours = node_colours(len(chosen))
     last = []
@@ -118,31 +115,13 @@ def _curves(result: SweepResult, chosen: Sequence[str], ax: Axes | None, title: 
     if result.metric == "accuracy":
         ax.set_ylim(-0.03, 1.03)
     ax.margins(x=0.02)
-    _end_labels(ax, [*last, base.mean], [*ends, "untouched"], [*colours, INK], font)
+    name_ends(ax, [*last, base.mean], [*ends, "untouched"], [*colours, INK], font=font, pitch=1.25 * font)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
-    ax.set_xlabel("layer of the operation", fontsize=8, color=FAINT)
-    ax.set_ylabel(_axis(result.metric), fontsize=8, color=FAINT)
-    ax.tick_params(length=2, width=0.5, labelsize=7.5, color=FAINT, labelcolor=FAINT)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color(FAINT)
-    ax.set_title(title, loc="left", fontsize=10, color=INK, **PLAIN)
-    return ax
+    label_axes(ax, "layer of the operation", _axis(result.metric), spines=["left", "bottom"], labelsize=7.5)
+    return finish(ax, title, path)
 
 
-def _end_labels(ax: Axes, values: list[float], labels: list[str], colours: list[Any], font: float) -> None:
-    """Names at the right ends of curves, kept apart."""
-    low, high = ax.get_ylim()
-    wanted = np.clip((np.array(values) - low) / (high - low), 0.0, 1.0)
-    order = np.argsort(wanted, kind="stable")
-    pitch = font * 1.25 / 72 / size_inches(ax)[1]
-    places = spread_within(wanted[order], pitch, 0.02, 0.97)  # below the title
-    for i, place in zip(order, places, strict=True):
-        options: dict[str, Any] = {"transform": ax.transAxes, "clip_on": False}
-        ax.plot([1.0, 1.025], [wanted[i], place], color=colours[i], linewidth=0.6, **options)
-        ax.text(1.035, place, labels[i], color=colours[i], fontsize=font, va="center", **options, **PLAIN)
-
-
-def _heat_map(result: SweepResult, name: str, target: str, ax: Axes | None, title: str | None) -> Axes:
+def _heat_map(result: SweepResult, name: str, target: str, ax: Axes | None, path: str | Path | None, title: str | None) -> Axes:
     columns, rows = sorted(result.layers), result.source_layers(name)
     means = np.array([[result.mean(name, b, source_layer=a, target=target) for b in columns] for a in rows])
     whose = "the prompt's own answer" if target == "own" else "the donor's answer"
@@ -151,30 +130,16 @@ def _heat_map(result: SweepResult, name: str, target: str, ax: Axes | None, titl
     if ax is None:
         cell = float(np.clip(4.2 / max(len(columns), len(rows)), 0.12, 0.6))
         width, height = max(cell * len(columns), 1.6), max(cell * len(rows), 1.6)
-        right = max(0.9, *(text_width(line, 10) - width + 0.1 for line in ["", *title.splitlines()]))
-        top = 0.15 + 0.18 * len(title.splitlines())
-        ax = new_axes(0.75 + width + right, 0.55 + height + top, (0.75, 0.55, width, height))
+        ax = new_axes(width, height, title, left=0.75, bottom=0.55, right=0.9, above=0.04)
     low, high = (0.0, 1.0) if result.metric == "accuracy" else (float(means.min()), float(means.max()))
-    image = ax.imshow(means, cmap="GnBu", vmin=low, vmax=high, origin="lower", aspect="auto", interpolation="nearest")
-    for axis, numbers, label in ((ax.xaxis, columns, "into layer"), (ax.yaxis, rows, "from layer")):
-        step = -(-len(numbers) // 16)
-        axis.set_ticks(range(0, len(numbers), step), [str(number) for number in numbers[::step]])
-        axis.set_label_text(label, fontsize=8, color=FAINT)
-    ax.tick_params(length=2, width=0.5, labelsize=7.5, color=FAINT, labelcolor=FAINT)
-    ax.spines[:].set_visible(False)
-    width, height = size_inches(ax)
+    image = heat_map(ax, means, low, high, origin="lower")
+    number_ticks(ax.xaxis, columns, 16)
+    number_ticks(ax.yaxis, rows, 16)
+    label_axes(ax, "into layer", "from layer", labelsize=7.5)
     if max(means.shape) <= ANNOTATED:
-        font = min(8.0, 0.3 * min(width / len(columns), height / len(rows)) * 72)
-        for (row, column), value in np.ndenumerate(means):
-            colour = "white" if value > low + 0.6 * (high - low) else INK
-            ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=font, color=colour)
-    inset = ax.inset_axes((1 + 0.12 / width, 0.0, 0.11 / width, 1.0))
-    bar = cast("Figure", ax.get_figure(root=True)).colorbar(image, cax=inset)
-    bar.outline.set_visible(False)
-    bar.set_label(_axis(result.metric), fontsize=7, color=FAINT)
-    inset.tick_params(length=2, width=0.5, labelsize=7, color=FAINT, labelcolor=FAINT)
-    ax.set_title(title, loc="left", fontsize=10, color=INK, **PLAIN)
-    return ax
+        write_values(ax, means, means > low + 0.6 * (high - low))
+    colour_bar(ax, image, _axis(result.metric), longest=float("inf"))
+    return finish(ax, title, path)
 
 
 def _quantity(metric: str) -> str:

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
 import torch
 
 from leattn.errors import LeattnError
-from leattn.viz.attention import colour_bar
+from leattn.viz.canvas import colour_bar, finish, heat_map, label_axes, new_axes, number_ticks
 from leattn.viz.fold import check_weights
 from leattn.viz.select import Choice, chosen_of, in_words, indices
-from leattn.viz.style import FAINT, INK, MASKED, PLAIN, drawable, new_axes, save, text_width
+from leattn.viz.style import INK, PLAIN, drawable, text_width
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,36 +93,27 @@ def plot_tokens(
         height, width = (float(np.clip(0.2 * count, 1.2, 6.0)) for count in part.shape)
         left = 0.45 + max((text_width(label, 7) for label in labels[0]), default=0.2)
         below = 0.45 + max((text_width(label, 7) for label in labels[1]), default=0.2)
-        above = 0.15 if title == "" else 0.2 + 0.19 * len(title.splitlines())
-        right = max(0.85, *(text_width(line, 10) - width for line in ["", *title.splitlines()])) + 0.15
-        ax = new_axes(left + width + right, below + height + above, (left, below, width, height))
+        ax = new_axes(width, height, title, left=left, bottom=below, right=1.0, above=0.11)
     shown = np.ma.masked_array(part.numpy(), np.zeros(part.shape, bool))
     if query is key:
         first = np.arange(columns_shown) * pool[1]
         last = np.minimum((np.arange(rows_shown) + 1) * pool[0], len(prompt[query].input_ids)) - 1
         shown.mask = first > last[:, None]
     most = float(shown.max())
-    colours = matplotlib.colormaps["GnBu"].with_extremes(bad=MASKED)
     # Powers of two as the end of the scale, so that pictures of like size can be compared.
-    image = ax.imshow(shown, cmap=colours, vmin=0.0, vmax=float(2.0 ** np.ceil(np.log2(max(most, 1e-4)))), aspect="auto",
-                      interpolation="nearest")  # fmt: skip
+    image = heat_map(ax, shown, high=float(2.0 ** np.ceil(np.log2(max(most, 1e-4)))))
     ticks: list[tuple[int, int, list[str]]] = [(rows_shown, pool[0], labels[0]), (columns_shown, pool[1], labels[1])]
     for axis, (count, cell, texts) in zip((ax.yaxis, ax.xaxis), ticks, strict=True):
         if texts:
             axis.set_ticks(range(count), texts, **PLAIN)
         else:
-            at = np.arange(0, count, max(1, -(-count // 8)))
-            axis.set_ticks(at, [str(i * cell) for i in at])
+            number_ticks(axis, range(0, count * cell, cell), 8)
     if labels[1]:
         ax.tick_params(axis="x", rotation=90)
-    ax.tick_params(length=0, labelsize=7, labelcolor=INK)
-    ax.set_xlabel(f"key token of {drawable(names[1])}", fontsize=8, color=FAINT, **PLAIN)
-    ax.set_ylabel(f"query token of {drawable(names[0])}", fontsize=8, color=FAINT, **PLAIN)
-    ax.spines[:].set_visible(False)
-    colour_bar(ax, image, "attention", None)
-    ax.set_title(title, loc="left", fontsize=10, color=INK, parse_math=False)
-    save(ax, path)
-    return ax
+    x, y = f"key token of {drawable(names[1])}", f"query token of {drawable(names[0])}"
+    label_axes(ax, x, y, length=0, labelcolor=INK)
+    colour_bar(ax, image, "attention")
+    return finish(ax, title, path)
 
 
 def _pair_of(trace: Trace, pair: tuple[ICLNode | str, ICLNode | str] | None) -> tuple[ICLNode, ICLNode]:
