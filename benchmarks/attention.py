@@ -18,8 +18,8 @@ from benchmarks.measure import check_close, interleaved, peak_megabytes
 from benchmarks.row import Effort, Goal, Measured, Row
 from benchmarks.workloads import WORKLOADS, many_documents
 from leattn import CompiledPrompt
-from leattn.attention.batch import Batch, MaskRequest
-from leattn.attention.sparse import Plan, sparse_attention
+from leattn.attention.request import Request
+from leattn.attention.sparse import SparseAttention
 
 HEADS, GROUPS, SIZE = 32, 8, 128
 MEMORY_HEADS, MEMORY_GROUPS = 4, 1
@@ -83,9 +83,8 @@ def inputs(tokens: int, heads: int, groups: int) -> tuple[torch.Tensor, torch.Te
 def sparse(prompt: CompiledPrompt, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Our backend; its plan is made once per forward, not per layer, and so beforehand."""
     size, cpu = len(prompt), torch.device("cpu")
-    plan = Plan(Batch([prompt], cpu), MaskRequest(1, range(size), size, None, torch.float32, cpu, None))
-    module = torch.nn.Module()
-    return lambda: sparse_attention(module, query, key, value, plan)[0].transpose(1, 2)
+    attention = SparseAttention(Request(prompt.columns, 1, range(size), size, None, torch.float32, cpu))
+    return lambda: attention(None, query, key, value)[0].transpose(1, 2)
 
 
 def dense(prompt: CompiledPrompt, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Callable[[], torch.Tensor]:

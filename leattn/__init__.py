@@ -31,6 +31,7 @@ _HOMES = {
     "check": ["check_model"],
     "kv.store": ["KVStore"],
     "attention.inputs": ["model_inputs"],
+    "attention.request": ["Backend"],
     "generation.forward": ["forward", "warm"],
     "generation.generate": ["generate"],
     "generation.result": ["Generation"],
@@ -48,6 +49,7 @@ _MODULES = ("analysis", "compat", "interventions", "patterns", "tiny", "training
 
 # Spelled out for type checkers; a test holds it equal to the table above.
 __all__ = [
+    "Backend",
     "BackendError",
     "CompileError",
     "CompiledPrompt",
@@ -93,6 +95,7 @@ if TYPE_CHECKING:
     from leattn import analysis, compat, interventions, patterns, tiny, training, viz
     from leattn.attention.attend import attend
     from leattn.attention.inputs import model_inputs
+    from leattn.attention.request import Backend
     from leattn.check import check_model
     from leattn.compat.le_attention import (
         build_attention_matrix,

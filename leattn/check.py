@@ -41,7 +41,7 @@ class ModelReport:
     @property
     def ok(self) -> bool:
         """Whether the model can follow a graph on at least one backend."""
-        return any(self[name].works for name in BACKENDS)
+        return any(c.works for c in self.capabilities if c.name in BACKENDS)
 
     def __str__(self) -> str:
         width = max(len(capability.name) for capability in self.capabilities)
@@ -74,6 +74,8 @@ def check_model(model: Any) -> ModelReport:
     facts = record.facts
     found = []
     for backend in BACKENDS.values():
+        if backend.device not in (None, record.device.type):
+            continue
         reason, _ = route(model, record, backend)
         found.append(Capability(backend.name, reason is None, reason or ""))
     works = any(capability.works for capability in found)

@@ -104,7 +104,7 @@ def test_a_model_that_stops_asking_for_masks_raises_instead_of_running_plain(mon
     prompt = compile_prompt(ICLNode([5, 6]))
     leattn.forward(model, prompt)
     monkeypatch.setattr("transformers.models.llama.modeling_llama.create_causal_mask", lambda **kwargs: None)
-    with pytest.raises(BackendError, match="ran without asking for an attention mask"):
+    with pytest.raises(BackendError, match="runs without the mask that it is to be given"):
         leattn.forward(model, prompt)
 
 

@@ -24,6 +24,7 @@ from leattn.interventions import (
     capture,
     intervene,
 )
+from leattn.model.record import Model
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 LAYERS = 3
@@ -335,7 +336,7 @@ def test_nothing_of_ours_is_left(family, exception):
     if exception is None:
         logits(model, prompt, operations)
     else:
-        deep = model.model.layers[2]
+        deep = Model.of(model).layers[2]
         handle = deep.register_forward_hook(lambda *_: (_ for _ in ()).throw(exception()))
         with pytest.raises(exception):
             logits(model, prompt, operations)

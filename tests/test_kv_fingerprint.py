@@ -6,6 +6,7 @@ import copy
 import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from models import make_model
 
 from leattn import BackendError
-from leattn.kv.fingerprint import _known, fingerprint
+from leattn.kv.fingerprint import fingerprint
 
 
 def edit_in_place(model):
@@ -164,7 +165,7 @@ def test_weights_that_are_not_in_memory_are_refused():
 def test_nothing_keeps_a_model_alive():
     model = make_model("llama")
     fingerprint(model)
-    count = len(_known)
+    alive = weakref.ref(model.model)
     del model
     gc.collect()
-    assert len(_known) < count
+    assert alive() is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import DynamicCache
 
 import leattn
 from leattn import BackendError, ICLNode, compile_prompt
-from leattn.kv.certify import _certificates, reuse_refusal, shift_refusal
+from leattn.kv.certify import certificate
 from leattn.kv.node import node_kv
 from leattn.kv.rotary import shifted
 
@@ -105,8 +106,8 @@ def test_moved_equals_recomputed(case):
     """In every layer, there and back, near and far."""
     family, options, dtype = case
     model = make_model(family, **options).to(dtype)
-    assert reuse_refusal(model) is None
-    assert shift_refusal(model) is None
+    assert certificate(model).reuse is None
+    assert certificate(model).shift is None
     limit = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
     stored = computed(model, nodes_at(0)[-1])
     for start in (1, 19, 400):
@@ -142,7 +143,7 @@ def test_layers_without_rotary_embedding_are_not_turned():
 @pytest.mark.parametrize("family", [*FAMILIES, *MORE])
 def test_a_node_with_its_ancestors_alone(family):
     model = make_model(family)
-    assert reuse_refusal(model) is None
+    assert certificate(model).reuse is None
     nodes = nodes_at(0)
     whole = computed(model, nodes[-1])
     for node in nodes[:-1]:
@@ -159,8 +160,8 @@ def test_a_node_with_its_ancestors_alone(family):
 )
 def test_reuse_without_moving(family, options, words):
     model = make_model(family, **options)
-    assert reuse_refusal(model) is None
-    assert shift_refusal(model).startswith(words)
+    assert certificate(model).reuse is None
+    assert certificate(model).shift.startswith(words)
     kv = computed(model, nodes_at(0)[-1])["left"]
     assert shifted(model, kv, kv.start) is kv
     with pytest.raises(BackendError, match=f"keys of .* cannot be moved to other positions: {words}"):
@@ -176,7 +177,7 @@ def test_angles_that_change_far_away_are_noticed():
 
     model = make_model("llama")
     model.model.rotary_emb.register_forward_hook(faster, with_kwargs=True)
-    assert "moved by 491 positions, the keys of layer 1 are off by" in shift_refusal(model)
+    assert "moved by 491 positions, the keys of layer 1 are off by" in certificate(model).shift
 
 
 def test_positions_that_scale_the_queries_are_noticed():
@@ -184,34 +185,34 @@ def test_positions_that_scale_the_queries_are_noticed():
     scaling = rope("yarn", factor=4.0, original_max_position_embeddings=64, llama_4_scaling_beta=0.1)
     for dtype in (torch.float32, torch.bfloat16):
         model = make_model("ministral3", **scaling).to(dtype)
-        assert "no rotation of its family gives what is recomputed" in shift_refusal(model)
+        assert "no rotation of its family gives what is recomputed" in certificate(model).shift
 
 
 def test_state_beside_attention_is_noticed():
     """Something that the probe for masks is not made for: a layer whose values depend on how long the input is."""
     model = make_model("llama")
     model.model.layers[1].self_attn.v_proj.register_forward_hook(lambda module, args, output: output * args[0].shape[1])
-    assert "differ from those of the whole graph" in reuse_refusal(model)
-    assert shift_refusal(model) == reuse_refusal(model)
+    assert "differ from those of the whole graph" in certificate(model).reuse
+    assert certificate(model).shift == certificate(model).reuse
 
 
 def test_a_model_that_cannot_follow_a_graph_has_its_reason():
-    assert "cannot follow a graph" in reuse_refusal(make_model("bloom"))
+    assert "cannot follow a graph" in certificate(make_model("bloom")).reuse
 
 
 def test_it_is_found_out_once_and_nothing_keeps_the_model_alive():
     model = make_model("llama").train()
     calls = []
     model.model.register_forward_pre_hook(lambda *_: calls.append(1))
-    shift_refusal(model)
+    certificate(model)
     count = len(calls)
-    reuse_refusal(model)
+    certificate(model)
     assert len(calls) == count > 0
     assert model.training
-    certificates = len(_certificates)
+    alive = weakref.ref(model.model)
     del model
     gc.collect()
-    assert len(_certificates) < certificates
+    assert alive() is None
 
 
 def test_the_report_says_both():

@@ -84,7 +84,7 @@ def test_rows_of_a_padded_batch(batch, visibility, beyond, data):
     assert columns.positions(range(total)).tolist() == positions
     assert columns.dense(range(total), total, window).tolist() == expected
 
-    # Any stretch of queries, over all keys or some that nobody wrote yet: what a step of generation, or a static cache, asks for.
+    # Any stretch of queries, over all keys or some that nobody wrote yet: what generation, or a static cache, asks for.
     first = data.draw(st.integers(0, total - 1))
     queries = range(first, data.draw(st.integers(first + 1, total)))
     keys = data.draw(st.integers(queries.stop, total + 3))

@@ -176,13 +176,13 @@ def test_what_continues_a_sink_reaches_no_other_branch():
 @pytest.mark.parametrize("budget", [1, 2, 3, 7, 1000])
 def test_a_token_budget_bounds_every_step_and_changes_nothing(budget, monkeypatch):
     fed = []
-    feed = leattn.generation.workspace.Workspace.feed
+    feed = leattn.generation.session.Session.step
 
     def counted(self, feeds, rows, **kwargs):
         fed.append(sum(len(one.ids) for one in feeds))
         return feed(self, feeds, rows, **kwargs)
 
-    monkeypatch.setattr(leattn.generation.workspace.Workspace, "feed", counted)
+    monkeypatch.setattr(leattn.generation.session.Session, "step", counted)
     model = shared_model("llama")
     free = generate(model, two_rounds())
     fed.clear()
@@ -203,14 +203,14 @@ def test_forgetting_what_nobody_sees_changes_nothing(monkeypatch):
 
     kept = generate(model, chain())
     lengths = []
-    forget = leattn.generation.workspace.Workspace.forget_all_but
+    forget = leattn.generation.session.Session.forget_all_but
 
     def watched(self, units):
         forget(self, units)
-        lengths.append(len(self.tape))
+        lengths.append(self.row.length)
 
-    monkeypatch.setattr(leattn.generation.run, "COMPACT", 8)
-    monkeypatch.setattr(leattn.generation.workspace.Workspace, "forget_all_but", watched)
+    monkeypatch.setattr(leattn.generation.schedule, "COMPACT", 8)
+    monkeypatch.setattr(leattn.generation.session.Session, "forget_all_but", watched)
     assert generate(model, chain()).texts == kept.texts
     assert lengths
     assert max(lengths) < 20 < kept.stats.computed

@@ -226,12 +226,12 @@ def test_under_intervene_the_store_is_neither_read_nor_written():
 
 def test_warming(capsys):
     model, kept, prompt = shared_model("llama"), store(), fan(0)
-    kept.warm(model, prompt.graph.nodes[:-1])
+    leattn.warm(model, prompt.graph.nodes[:-1], kv_store=kept)
     assert "4/4" in capsys.readouterr().err
     logits = leattn.forward(model, prompt, kv_store=kept).logits[0]
     torch.testing.assert_close(logits, sink_logits(model, prompt), atol=1e-4, rtol=1e-4)
     assert kept.stats.hits == 4
-    kept.warm(model, prompt, progress=False)
+    leattn.warm(model, prompt, kv_store=kept, progress=False)
     assert len(kept) == 5
 
 

@@ -12,7 +12,8 @@ from strategies import VISIBILITIES, graphs
 
 import leattn
 from leattn import ICLNode, causal, chain, compile_prompt, parallel
-from leattn.attention.plan import Group, Mixed, plan_groups
+from leattn.attention.kernels import Group
+from leattn.attention.plan import Mixed, plan
 from leattn.attention.request import Request
 from leattn.attention.sparse import SparseAttention
 from leattn.prompt.columns import Columns, Stretch
@@ -85,10 +86,10 @@ def test_windows(one, two, window, queries):
 def test_a_window_is_masked_only_where_it_reaches_back_too_far():
     """Documents of 40 tokens at positions 5 to 45, and a question behind them: only the question looks back by more than 41."""
     prompt = compile_prompt(ICLNode(ids(6), [HEAD, *parallel([ids(40)] * 4, [HEAD])]))
-    masked = [getattr(step, "mask", None) is not None for step in check([prompt], window=45).steps[0]]
+    masked = [isinstance(step, Mixed) for step, _ in check([prompt], window=45).steps[0]]
     assert masked[-1]
     assert masked.count(True) == 1
-    last = check([prompt], window=10).steps[0][-1]
+    last, _ = check([prompt], window=10).steps[0][-1]
     assert last.mask.shape[1] == 6 + 4 * 9  # its own, and of each document those less than 10 positions before its first token
 
 
@@ -141,15 +142,15 @@ def test_short_stretches_go_side_by_side(monkeypatch):
 
 
 def test_plans_are_few_groups():
-    def plan(shape):
+    def planned(shape):
         prompt = SHAPES[shape]
         size = len(prompt)
-        return plan_groups(prompt.columns.stretches(range(size))[0])
+        return plan(prompt.columns.stretches(range(size))[0])
 
-    assert plan("causal") == [Group(0, 240, 1, ())]
-    assert plan("siblings") == [Group(0, 5, 1, ()), Group(5, 7, 30, ((0, 5),)), Group(215, 6, 1, ((0, 215),))]
-    assert plan("chain") == [Group(0, 60, 1, ()), Group(60, 30, 10, (), window=30)]
-    assert [group.count for group in plan("questions on a context")] == [1, 6]
+    assert planned("causal") == [Group(0, 240, 1, ())]
+    assert planned("siblings") == [Group(0, 5, 1, ()), Group(5, 7, 30, ((0, 5),)), Group(215, 6, 1, ((0, 215),))]
+    assert planned("chain") == [Group(0, 60, 1, ()), Group(60, 30, 10, (), window=30)]
+    assert [group.count for group in planned("questions on a context")] == [1, 6]
 
 
 class Largest(torch.utils._python_dispatch.TorchDispatchMode):
@@ -200,7 +201,7 @@ def check_stretches(stretches):
         output = SparseAttention(request(of_stretches(stretches), 1, first, stop))(None, query, key, value)[0]
     expected = dense(query, key, value, by_hand(stretches, first, stop)[None])
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
-    return plan_groups(stretches)
+    return plan(stretches)
 
 
 def branches(count, shared, steps):
@@ -213,7 +214,7 @@ def branches(count, shared, steps):
 def test_branches_that_decode_side_by_side_are_one_call():
     steps = check_stretches(branches(16, 400, 30))
     assert [type(step) for step in steps] == [Mixed]
-    assert steps[0].keys.tolist() == list(range(896))
+    assert steps[0].columns.tolist() == list(range(896))
     assert check_stretches(branches(5, 20, 0)) == [Group(20, 1, 5, ((0, 20),))]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,12 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import leattn
 from leattn import BackendError, ICLNode, attend, causal, compile_prompt, parallel
 from leattn.attention import varlen
-from leattn.attention.request import Request
+from leattn.attention.request import Backend, Request
 from leattn.attention.sparse import SparseAttention
 from leattn.prompt.columns import Columns, Stretch
 from leattn.prompt.visible import merge
 
 CPU = torch.device("cpu")
+PACKED = Backend("packed", partial(SparseAttention, packs=True))
+"""The varlen backend, on any device."""
 
 
 class Emulated:
@@ -170,13 +174,13 @@ def test_whole_models_equal_eager(family, emulated):
     documents = parallel([[5, 6, 7], [8, 9], [3] * 4])
     prompts = [compile_prompt(ICLNode([2, 3], documents)), compile_prompt(ICLNode([4, 5, 6], documents[::2]))]
     outputs = {}
-    for backend in ("sparse", "eager"):
+    for backend in (PACKED, "eager"):
         with attend(shared_model(family), prompts, backend=backend) as attention, torch.no_grad():
             prefill = shared_model(family)(**attention.inputs, use_cache=True)
             step = shared_model(family)(torch.tensor([[7], [8]]), past_key_values=prefill.past_key_values)
             outputs[backend] = prefill.logits[:, -1], step.logits
     assert emulated.calls
-    torch.testing.assert_close(outputs["sparse"], outputs["eager"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs[PACKED], outputs["eager"], rtol=1e-4, atol=1e-4)
 
 
 def test_half_precision_is_as_near_as_eager(emulated):
@@ -186,10 +190,10 @@ def test_half_precision_is_as_near_as_eager(emulated):
     with torch.no_grad():
         off = {
             backend: float((leattn.forward(model, prompt, backend=backend).logits.float() - exact).abs().max())
-            for backend in ("eager", "sparse")
+            for backend in ("eager", PACKED)
         }
     assert emulated.calls
-    assert off["sparse"] <= 2 * off["eager"]
+    assert off[PACKED] <= 2 * off["eager"]
 
 
 def test_another_layout_of_the_log_sum_exp_is_refused():
@@ -238,10 +242,10 @@ def test_what_is_called_exists_in_this_torch():
 def test_the_real_kernel_does_what_the_emulation_does(dtype):
     """What to run first on a GPU: output and log-sum-exp of every call, causal and not, with grouped heads."""
     documents = parallel([[1] * 70, [1] * 3, [1] * 200, [1]])
-    batch = Batch([compile_prompt(ICLNode([1] * 9, documents)), compile_prompt(ICLNode([1] * 5, documents[::2]))], CPU)
-    columns = batch.table.columns
-    on_gpu = MaskRequest(2, range(columns), columns, None, dtype, torch.device("cuda"), None)
-    query, key, value = (torch.randn(2, heads, columns, 64, dtype=dtype, device="cuda") for heads in (8, 2, 2))
+    prompts = [compile_prompt(ICLNode([1] * 9, documents)), compile_prompt(ICLNode([1] * 5, documents[::2]))]
+    columns = Columns.of_prompts(prompts, CPU)
+    on_gpu = Request(columns, 2, range(columns.width), columns.width, None, dtype, torch.device("cuda"))
+    query, key, value = (torch.randn(2, heads, columns.width, 64, dtype=dtype, device="cuda") for heads in (8, 2, 2))
     real, emulation = varlen.kernel_for(query, key, value), Emulated()
     assert real is not None
 
@@ -252,5 +256,5 @@ def test_the_real_kernel_does_what_the_emulation_does(dtype):
         torch.testing.assert_close(lse.cpu(), expected[1], rtol=1e-2, atol=1e-2)
         return output, lse
 
-    Plan(batch, on_gpu).packed.attention(compared, query, key, value, 64**-0.5)
+    SparseAttention(on_gpu).packed.attention(compared, query, key, value, 64**-0.5)
     assert [is_causal for is_causal, *_ in emulation.calls] == [True, False]

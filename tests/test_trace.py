@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ import leattn
 from leattn import BackendError, GraphError, ICLNode, LeattnError, compile_prompt
 from leattn.analysis import Trace, trace
 from leattn.interventions import Freeze, SkipAttention, Suppress, intervene
-from leattn.model import hf
+from leattn.model.record import Model
 
 
 @pytest.fixture(autouse=True)
@@ -208,7 +207,7 @@ def test_operations_are_seen_at_work(backend):
     with torch.no_grad(), intervene(model, prompt, [suppress, freeze], backend="eager") as attention:
         weights = []
         handles = [
-            hf.attention_of(layer).register_forward_hook(lambda _m, _a, output: weights.append(output[1][0]))
+            layer.self_attn.register_forward_hook(lambda _m, _a, output: weights.append(output[1][0]))
             for layer in model.model.layers
         ]
         model(**attention.inputs)
@@ -247,7 +246,7 @@ def test_nothing_is_left(family, backend, operations):
     state = copy.deepcopy(traces(model))
     trace(model, prompt, backend=backend, operations=operations)
     assert traces(model) == state
-    layer = hf.decoder_layers(hf.backbone(model))[1]
+    layer = Model.of(model).layers[1]
     for exception in (Boom, KeyboardInterrupt):
         handle = layer.register_forward_hook(lambda *_, e=exception: (_ for _ in ()).throw(e()))
         with pytest.raises(exception):
@@ -284,16 +283,6 @@ def test_nothing_is_as_large_as_heads_times_tokens_squared():
     with Largest() as eager_itself:
         trace(model, prompt, backend="eager")
     assert eager_itself.elements >= heads * size * size
-
-
-def test_a_window_that_the_config_does_not_tell_is_refused(monkeypatch):
-    model, prompt = make_model("gemma3_text"), compile_prompt(ICLNode(list(range(2, 22)), id="a"))
-    monkeypatch.setattr(sys.modules["leattn.analysis.trace"], "windows", lambda model: [None] * 3)
-    with pytest.raises(
-        BackendError, match=r"layer 0 of gemma3_text ran with another mask than its config says \(window None\)"
-    ):
-        trace(model, prompt, backend="sdpa")
-    assert trace(model, prompt, backend="sdpa", layers=1).layers == (1,)
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,6 @@ def fold(
     window: int | None,
     pairs: Sequence[Pair] = (),
     tile_bytes: int,
-    mask: torch.Tensor | None = None,
 ) -> Folded:
     """Go over the queries in tiles of at most ``tile_bytes`` of weights (at least one query) and sum them up by node.
 
@@ -106,13 +105,6 @@ def fold(
         Who sees whom, on the same device; one prompt without padding.
     window
         Of the layer, in positions.
-    mask
-        What the backend ran with, ``[S, S]``, boolean or additive: compared with theirs.
-
-    Raises
-    ------
-    ValueError
-        The backend's mask is another one than theirs.
     """
     heads, length, _ = scores.query.shape
     device, nodes = scores.query.device, len(offsets) - 1
@@ -132,8 +124,6 @@ def fold(
         queries = torch.arange(start, stop, device=device)
         # The layout is topological: nobody sees a later token.
         visible = prompt_columns.dense(range(start, stop), stop, window)[0].to(device)
-        if mask is not None and not _same(mask[start:stop], visible):
-            raise ValueError("the backend's mask is not the graph's")
         columns = visible.any(0).nonzero()[:, 0]
         visible = visible[:, columns]
         weights = scores.weights(slice(start, stop), columns, visible)
@@ -154,13 +144,6 @@ def fold(
 
     mass = (mass / bounds.diff()[:, None]).permute(2, 1, 0).contiguous()
     return Folded(mass, given / torch.where(seen_by > 0, seen_by, torch.nan), kept)
-
-
-def _same(mask: torch.Tensor, visible: torch.Tensor) -> bool:
-    """Whether a backend's rows ``[T, S]`` allow exactly ``visible`` ``[T, ≤ S]``."""
-    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    keys = visible.shape[1]
-    return bool(torch.equal(allowed[:, :keys], visible)) and not bool(allowed[:, keys:].any())
 
 
 def _keep(pair: Pair, into: torch.Tensor, weights: torch.Tensor, queries: range, columns: torch.Tensor) -> None:

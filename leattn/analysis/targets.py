@@ -46,9 +46,9 @@ def target_ids(model: Any, prompts: Sequence[CompiledPrompt], targets: Sequence[
     if model.training:
         raise LeattnError("the model is in training mode, where dropout would make every loss a draw; call model.eval() first")
     continued = [prompt.continued(target) for prompt, target in zip(prompts, targets, strict=True)]
-    limits = Model.of(model).limits
-    limits.check_tokens(continued)
-    limits.check_positions(continued)
+    facts = Model.of(model).facts
+    facts.check_tokens(continued)
+    facts.check_positions(continued)
     return [tuple(whole.input_ids[0, len(prompt) :].tolist()) for whole, prompt in zip(continued, prompts, strict=True)]
 
 

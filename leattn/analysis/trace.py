@@ -158,7 +158,7 @@ def trace(
     if not kept:
         raise LeattnError("layers=[] keeps nothing; leave it out for all layers")
     pairs = _pairs(prompt, tokens)
-    tracer = Tracer(prompt, frozenset(kept), list(pairs.values()), record.windows, tile_bytes)
+    tracer = Tracer(prompt, frozenset(kept), list(pairs.values()), tile_bytes)
     with torch.no_grad(), watched(model, record, prompt, operations, backend, tracer) as attention:
         # Not the model itself: logits of a long prompt over a large vocabulary are the largest tensor of all.
         base(**attention.inputs, use_cache=False)

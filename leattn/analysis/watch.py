@@ -11,7 +11,6 @@ import torch
 
 from leattn.analysis.fold import Folded, Pair, Scores, fold
 from leattn.attention.block import Block, Call, Wrapped, running
-from leattn.errors import BackendError
 from leattn.interventions import Operation, intervene
 from leattn.model.record import Model
 from leattn.prompt.compile import CompiledPrompt
@@ -21,13 +20,12 @@ from leattn.prompt.compile import CompiledPrompt
 class Tracer:
     """What :func:`leattn.analysis.trace` puts around a model; ``folded``, ``hidden``, ``keys``, ``values`` by layer.
 
-    ``inner`` is what was around the attention before, and does its work first. ``windows`` has one entry per layer.
+    ``inner`` is what was around the attention before, and does its work first.
     """
 
     prompt: CompiledPrompt
     layers: frozenset[int]
     pairs: Sequence[Pair]
-    windows: Sequence[int | None]
     tile_bytes: int
     inner: Wrapped | None = None
     folded: dict[int, Folded] = field(default_factory=dict)
@@ -49,21 +47,10 @@ class Tracer:
         sinks = cast("torch.Tensor | None", getattr(call.block.record.attentions[call.layer], "sinks", None))
         scores = Scores(call.query[0], call.key[0], call.scaling, call.softcap, self._added, sinks)
         self._added = None
-        try:
-            self.folded[call.layer] = fold(
-                scores,
-                self.prompt.offsets,
-                call.block.columns,
-                window=self.windows[call.layer],
-                pairs=self.pairs,
-                tile_bytes=self.tile_bytes,
-                mask=call.mask[0, 0] if isinstance(call.mask, torch.Tensor) else None,
-            )
-        except ValueError as error:
-            raise BackendError(
-                f"layer {call.layer} of {call.block.record.facts.family} ran with another mask than its config says (window "
-                f"{self.windows[call.layer]}), so trace would be wrong; leave the layer out"
-            ) from error
+        columns = call.block.columns
+        self.folded[call.layer] = fold(
+            scores, self.prompt.offsets, columns, window=call.window, pairs=self.pairs, tile_bytes=self.tile_bytes
+        )
         self.keys[call.layer] = call.key[0].float().norm(dim=-1)
         self.values[call.layer] = call.value[0].float().norm(dim=-1)
 
@@ -92,7 +79,7 @@ def watched(
     with ExitStack() as stack:
         attention = stack.enter_context(intervene(model, prompt, operations, backend=backend))
         tracer.inner = attention.wrapped
-        attention.wrap(tracer)
+        attention.wrap(tracer, "trace")
         for number in tracer.layers:
             handle = record.layers[number].register_forward_pre_hook(tracer.hook(attention, number), with_kwargs=True)
             stack.callback(handle.remove)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from leattn.attention.backends import automatic, named
-from leattn.attention.block import Block, follow, innermost
+from leattn.attention.block import Block, follow, innermost, standing_needs
 from leattn.attention.probe import route
-from leattn.attention.request import Backend, MaskMode, Need, UserMask, lacks
-from leattn.errors import BackendError, LeattnError
+from leattn.attention.request import Backend, MaskMode, Need, checked_mask
+from leattn.errors import BackendError, LeattnError, choices
 from leattn.model.record import Model
 from leattn.prompt.columns import Columns
 from leattn.prompt.compile import CompiledPrompt
@@ -92,14 +92,18 @@ def prepare(
             raise LeattnError(f"attend follows compiled prompts, not {type(prompt).__name__}; call leattn.compile_prompt first")
     if not several:
         raise LeattnError("there is no prompt to attend to; give one or more compiled prompts")
-    record.limits.check_tokens(several)
-    record.limits.check_positions(several)
+    record.facts.check_tokens(several)
+    record.facts.check_positions(several)
     columns = Columns.of_prompts(several, record.device)
-    user = None if mask is None else UserMask(mask, mask_mode, columns)
-    return block_for(model, record, columns, backend, user=user)
+    if mask_mode not in ("combine", "replace"):
+        raise LeattnError(choices("mask_mode", mask_mode, ("combine", "replace")))
+    user = None if mask is None else checked_mask(mask, columns)
+    block = block_for(model, record, columns, backend, user)
+    block.replaces = user is not None and mask_mode == "replace"
+    return block
 
 
-def block_for(model: Any, record: Model, columns: Columns, backend: str | Backend, *, user: UserMask | None = None) -> Block:
+def block_for(model: Any, record: Model, columns: Columns, backend: str | Backend, user: torch.Tensor | None = None) -> Block:
     """The block that follows these columns.
 
     Raises
@@ -107,7 +111,7 @@ def block_for(model: Any, record: Model, columns: Columns, backend: str | Backen
     BackendError
         No backend, or not the one that was named, can run the model with this mask of the user's.
     """
-    needs: set[Need] = set() if user is None else {"mask"} if user.is_boolean else {"mask", "additive mask"}
+    needs: set[Need] = set() if user is None else {"mask"} if user.dtype == torch.bool else {"mask", "additive mask"}
     is_auto = isinstance(backend, str) and backend == "auto"
     order = automatic(record, plain=columns.is_plain and user is None) if is_auto else [named(backend)]
     checkpoints = record.checkpoints
@@ -119,8 +123,8 @@ def block_for(model: Any, record: Model, columns: Columns, backend: str | Backen
 
     reasons: list[str] = []
     for one in order:
-        if not needs <= set(one.carries):
-            lacking = lacks(one, needs)
+        lacking = one.lacks(needs)
+        if lacking is not None:
             if not is_auto:
                 raise BackendError(lacking)
             continue
@@ -128,7 +132,10 @@ def block_for(model: Any, record: Model, columns: Columns, backend: str | Backen
         if reason is None:
             native = native or checkpoints
             backends = [one] if native or not is_auto else [one, *(other for other in order if other is not one)]
-            return Block(record, columns, backends, serves, native=native, needs=frozenset(needs), user=user)
+            block = Block(record, columns, backends, serves, native=native, needs=frozenset(needs), user=user)
+            if len(backends) > 1:
+                block.backend = block.decide(block.needs | standing_needs(record))
+            return block
         if not is_auto:
             raise BackendError(f"backend {one.name!r} cannot run this model: {reason}")
         if one.implementation is not None:
@@ -142,7 +149,11 @@ def _that_outlive_the_block(record: Model, order: Sequence[Backend]) -> list[Bac
     if not same:
         raise BackendError(
             "gradient checkpointing runs the layers again in backward, when this block may have ended and the model is back "
-            f"on {record.implementation!r}, which {order[0].name!r} does not run on; name a backend that does, or call "
-            "model.set_attn_implementation first"
+            f"on {record.implementation!r}; "
+            + (
+                f"{order[0].name} cannot be used here"
+                if order[0].implementation is None
+                else f"call model.set_attn_implementation({order[0].implementation!r}) first"
+            )
         )
     return same

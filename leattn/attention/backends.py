@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-
-from leattn.attention.dense import Eager, Sdpa
-from leattn.attention.flex import Flex
+from leattn.attention.dense import EAGER, SDPA
+from leattn.attention.flex import FLEX
 from leattn.attention.request import Backend
-from leattn.attention.sparse import Sparse
+from leattn.attention.sparse import SPARSE, VARLEN
 from leattn.errors import BackendError, choices
 from leattn.model.record import Model
 
-BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (Eager(), Sdpa(), Flex(), Sparse("sparse"), Sparse("varlen", packs=True))
-}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (EAGER, SDPA, FLEX, SPARSE, VARLEN)}
 AUTO = ("sparse", "sdpa", "eager", "flex")
 """What ``"auto"`` tries, but for the model's current implementation, which goes before the other ones of transformers."""
 
@@ -26,13 +22,10 @@ def named(backend: str | Backend) -> Backend:
     BackendError
         An unknown name.
     """
-    if not isinstance(backend, str):
-        missing = [name for name in ("name", "implementation", "carries", "refusal", "attention") if not hasattr(backend, name)]
-        if missing:
-            raise BackendError(f"a backend has {missing[0]!r}, which {backend!r} lacks; see leattn.attention.request.Backend")
+    if isinstance(backend, Backend):
         return backend
     if backend not in BACKENDS:
-        raise BackendError(choices("backend", backend, ["auto", *BACKENDS]))
+        raise BackendError(choices("backend", backend, ["auto", *BACKENDS]) + ", or give a leattn.Backend")
     return BACKENDS[backend]
 
 
@@ -43,7 +36,7 @@ def automatic(record: Model, *, plain: bool) -> list[Backend]:
     return sorted(order, key=lambda backend: backend.implementation is None) if plain else order
 
 
-def refusal(backend: Backend, record: Model, device: torch.device) -> str | None:
+def refusal(backend: Backend, record: Model) -> str | None:
     """Why a backend cannot serve such a model, as far as its config tells; None if it may."""
     facts = record.facts
     if facts.stateful:
@@ -58,12 +51,10 @@ def refusal(backend: Backend, record: Model, device: torch.device) -> str | None
         )
     if facts.chunked:
         return "its chunked attention cuts by index, not by position; use a model with full or sliding-window attention"
-    reason = backend.refusal(facts, device)
+    if backend.device not in (None, record.device.type):
+        return f"it runs on {backend.device} only, and the model is on {record.device.type}"
+    reason = backend.refusal(record)
     if reason is None and not facts.can_switch and record.implementation != backend.implementation:
-        return (
-            f"{facts.family} fixes its attention implementation when it is loaded, here {record.implementation!r}; "
-            f"load it with attn_implementation={backend.implementation!r}"
-            if backend.implementation is not None
-            else f"{facts.family} fixes its attention implementation when it is loaded, here {record.implementation!r}"
-        )
+        load = "" if backend.implementation is None else f"; load it with attn_implementation={backend.implementation!r}"
+        return f"{facts.family} fixes its attention implementation when it is loaded, here {record.implementation!r}{load}"
     return reason

@@ -18,7 +18,7 @@ from weakref import ref
 import torch
 
 from leattn.attention.call import by_name, hides_tokens, prepared_call
-from leattn.attention.request import Backend, LayerAttention, Need, Request, UserMask, lacks
+from leattn.attention.request import Backend, LayerAttention, Need, Request
 from leattn.errors import BackendError
 from leattn.model import registry
 from leattn.model.record import Model
@@ -60,7 +60,8 @@ class Block:
     serves: Callable[[Backend], bool] = lambda _: True
     native: bool = False
     needs: frozenset[Need] = frozenset()
-    user: UserMask | None = None
+    user: torch.Tensor | None = None
+    replaces: bool = False
     wrapped: Wrapped | None = None
     operations: tuple[Any, ...] = ()
     reenter: Callable[[Block], AbstractContextManager[Block]] | None = None
@@ -101,9 +102,9 @@ class Block:
         BackendError
             None that carries it.
         """
-        carrying = [backend for backend in self.backends if needs <= set(backend.carries)]
+        carrying = [backend for backend in self.backends if not backend.lacks(needs)]
         if not carrying:
-            raise BackendError(lacks(self.backends[0], needs))
+            raise BackendError(str(self.backends[0].lacks(needs)))
         if len(self.backends) == 1:
             return carrying[0]
         served = next((backend for backend in carrying if self.serves(backend)), None)
@@ -114,8 +115,8 @@ class Block:
             )
         return served
 
-    def wrap(self, wrapped: Wrapped, *needs: Need) -> None:
-        """Put something around the attention of every layer, which asks this of the backend.
+    def wrap(self, wrapped: Wrapped, what: str, *needs: Need) -> None:
+        """Put something around the attention of every layer, which asks this of the backend; ``what`` names it in errors.
 
         Raises
         ------
@@ -124,7 +125,7 @@ class Block:
         """
         if self.native:
             raise BackendError(
-                f"this goes through transformers' attention interface, which {self.record.facts.family} does not use, or not "
+                f"{what} goes through transformers' attention interface, which {self.record.facts.family} does not use, or not "
                 "under another implementation's name; the weights of a short prompt: leattn.forward(model, prompt, "
                 "backend='eager', output_attentions=True).attentions"
             )
@@ -148,6 +149,7 @@ class Call:
     key: torch.Tensor
     value: torch.Tensor
     mask: Any
+    window: int | None
     scaling: float
     softcap: float | None
 
@@ -173,6 +175,7 @@ class Around:
 
     block: Block
     inner: Any
+    window: int | None
 
     def __call__(
         self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
@@ -181,7 +184,7 @@ class Around:
         assert wrapped is not None
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         layer: Any = module.layer_idx
-        call = Call(self.block, layer, query, key, value, mask, scaling, kwargs.get("softcap"))
+        call = Call(self.block, layer, query, key, value, mask, self.window, scaling, kwargs.get("softcap"))
         changed = wrapped.before(call)
         inner = self.inner if changed is mask else replace(self.inner, mask=changed)
         output: tuple[torch.Tensor, torch.Tensor | None] = inner(module, query, key, value, **kwargs)
@@ -262,6 +265,14 @@ def _close(block: Block) -> None:
         record.handles, record.originals = (), []
 
 
+def standing_needs(record: Model, wants_weights: bool | None = None) -> set[Need]:
+    """What a model in its present state asks of a backend, whatever it is called with."""
+    needs: set[Need] = {"dropout"} if record.drops else set()
+    if record.base.config.output_attentions if wants_weights is None else wants_weights:
+        needs.add("weights")
+    return needs
+
+
 def _before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before the backbone runs: find the block this call belongs to, check its input, fill in positions, choose a backend."""
     block = next((block for block in reversed(_blocks.get()) if block.record.base is module), None)
@@ -281,12 +292,7 @@ def _before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
             "block begins"
         )
     call = by_name(module, args, kwargs)
-    wants_weights = call.get("output_attentions")
-    needs = set(block.needs)
-    if module.config.output_attentions if wants_weights is None else wants_weights:
-        needs.add("weights")
-    if record.drops:
-        needs.add("dropout")
+    needs = {*block.needs, *standing_needs(record, call.get("output_attentions"))}
     prepared, block.queries = prepared_call(record, block.columns, call)
     tokens = len(prepared["attention_mask"]) * len(block.queries)
     block.padding_hides = hides_tokens(block.columns, prepared["attention_mask"])
@@ -309,8 +315,8 @@ def _after(module: Any, _args: tuple[Any, ...], output: Any) -> None:
     _forwards.set(active[:-1])
     if output is not None and not active[-1].masks_asked:
         raise BackendError(
-            f"{type(module).__name__} never asks transformers for a mask, so its layers are not (all) attention that a mask "
-            "reaches"
+            f"{type(module).__name__} ran without asking for an attention mask, so it did not follow the graph: it never asks "
+            "transformers for a mask, so its layers are not (all) attention that a mask reaches"
         )
 
 
@@ -321,11 +327,11 @@ def _answer(config: Any, plain: Callable[[], Any] | None, padding: torch.Tensor 
         block = active[-1]
         block.masks_asked += 1
         padding = padding if block.padding_hides else None
-        request = Request(block.columns, padding=padding, user=block.user, kept=block.kept, **asked)
+        request = Request(block.columns, padding=padding, user=block.user, replaces=block.replaces, kept=block.kept, **asked)
         attention: LayerAttention = block.backend.attention(request)
         if block.native:
             return attention.mask  # type: ignore[attr-defined]
-        return attention if block.wrapped is None else Around(block, attention)
+        return attention if block.wrapped is None else Around(block, attention, request.window)
     if not active and any(block.record.base.config is config for block in _blocks.get()):
         # ``generate`` with a static cache asks ahead; the forward asks again.
         return torch.ones(asked["rows"], asked["queries"].stop, device=asked["device"]) if padding is None else padding

@@ -10,46 +10,36 @@ import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from leattn.attention.request import LayerAttention, Need, Request, UnderMask
-from leattn.model.facts import Facts
+from leattn.attention.request import Backend, Request, UnderMask
+from leattn.model.record import Model
 from leattn.prompt import masks
 
 BLOCK = 128
 
 
-class Flex:
-    """Blocks that nobody sees are skipped. A ``BlockMask`` holds yes or no, so it carries boolean masks only."""
+def _flex(request: Request) -> UnderMask:
+    """Under ``[B, 1 or H, Q blocks, K blocks]``; blocks that nobody sees are skipped."""
+    queries, keys, columns = request.queries, request.keys, request.columns
+    if request.user is not None:
+        return UnderMask("flex_attention", _of_dense(request.allowed()))
+    mask_mod = masks.column_mask_mod(columns, queries, keys, repeats=request.repeats, window=request.window)
+    stretches = columns.stretches(queries)
+    counts = torch.from_numpy(np.stack([masks.block_counts(those, queries, keys, BLOCK) for those in stretches]))
+    counts = counts.repeat_interleave(request.repeats, 0).to(request.device)
+    full = counts == BLOCK * BLOCK
+    if request.window is not None:
+        counts, full = _windowed(request, counts, full)
+    if request.padding is not None:
+        mask_mod, full = _and_padding(mask_mod, request), torch.zeros_like(full)
+    return UnderMask("flex_attention", masks.block_mask_from_counts(counts, (len(queries), keys), BLOCK, mask_mod, full))
 
-    name = "flex"
-    implementation = "flex_attention"
-    carries: tuple[Need, ...] = ("mask", "padding")
 
-    def refusal(self, facts: Facts, device: torch.device) -> str | None:
-        if facts.sinks and device.type == "cpu":
-            return "transformers has no attention sinks for flex_attention on a CPU; use backend='eager'"
-        if not facts.supports_flex:
-            return f"transformers does not run {facts.family} through flex_attention; use backend='eager'"
-        return None
-
-    def attention(self, request: Request) -> LayerAttention:
-        """Under ``[B, 1 or H, Q blocks, K blocks]``."""
-        return UnderMask("flex_attention", self._block_mask(request))
-
-    def _block_mask(self, request: Request) -> BlockMask:
-        queries, keys, columns = request.queries, request.keys, request.columns
-        if request.user is not None:
-            return _of_dense(request.allowed())
-        mask_mod = masks.column_mask_mod(columns, queries, keys, repeats=request.repeats, window=request.window)
-        counts = torch.from_numpy(
-            np.stack([masks.block_counts(stretches, queries, keys, BLOCK) for stretches in columns.stretches(queries)])
-        )
-        counts = counts.repeat_interleave(request.repeats, 0).to(request.device)
-        full = counts == BLOCK * BLOCK
-        if request.window is not None:
-            counts, full = _windowed(request, counts, full)
-        if request.padding is not None:
-            mask_mod, full = _and_padding(mask_mod, request), torch.zeros_like(full)
-        return masks.block_mask_from_counts(counts, (len(queries), keys), BLOCK, mask_mod, full)
+def _refusal(record: Model) -> str | None:
+    if record.facts.sinks and record.device.type == "cpu":
+        return "transformers has no attention sinks for flex_attention on a CPU; use backend='eager'"
+    if not record.facts.supports_flex:
+        return f"transformers does not run {record.facts.family} through flex_attention; use backend='eager'"
+    return None
 
 
 def _of_dense(allowed: torch.Tensor) -> BlockMask:
@@ -89,3 +79,6 @@ def _and_padding(mask_mod: masks.MaskMod, request: Request) -> masks.MaskMod:
         return mask_mod(b, h, q_idx, kv_idx) & (visible[b, kv_idx] | (kv_idx == q_idx + offset))
 
     return padded_mask
+
+
+FLEX = Backend("flex", _flex, _refusal, "flex_attention", ("mask", "padding"))

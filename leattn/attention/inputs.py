@@ -12,7 +12,7 @@ from leattn.attention.backends import BACKENDS
 from leattn.attention.probe import route
 from leattn.attention.request import Backend, Request
 from leattn.errors import BackendError
-from leattn.model.limits import Limits
+from leattn.model.facts import Facts
 from leattn.model.record import Model
 from leattn.prompt.columns import Columns
 from leattn.prompt.compile import CompiledPrompt
@@ -24,20 +24,17 @@ class InputForm:
 
     Attributes
     ----------
-    limits
-        What token ids and positions are checked against.
+    facts
+        What token ids and positions are checked against, and the window of each layer type that wants a mask of its own.
     implementation, backend
         The model's current implementation, and what makes its masks.
-    windows
-        The window of each layer type that wants a mask of its own; ``""`` where all layers take the same.
     dtype
         Of additive masks.
     """
 
-    limits: Limits
+    facts: Facts
     implementation: str
     backend: Backend
-    windows: dict[str, int | None]
     dtype: torch.dtype
 
     def inputs(self, prompts: Sequence[CompiledPrompt], device: torch.device) -> dict[str, Any]:
@@ -51,12 +48,12 @@ class InputForm:
         BackendError
             A token id or a position that the model has no embedding for.
         """
-        self.limits.check_tokens(prompts)
-        self.limits.check_positions(prompts)
+        self.facts.check_tokens(prompts)
+        self.facts.check_positions(prompts)
         columns = Columns.of_prompts(prompts, device)
         every = range(columns.width)
         masks = {}
-        for kind, window in self.windows.items():
+        for kind, window in self.facts.windows.items():
             request = Request(columns, len(prompts), every, len(every), window, self.dtype, device, may_skip=False)
             masks[kind] = self.backend.attention(request).mask  # type: ignore[attr-defined]
         mask = masks[""] if list(masks) == [""] else masks
@@ -81,7 +78,7 @@ def input_form(model: Any) -> InputForm:
     reason, _ = route(model, record, BACKENDS[name])
     if reason is not None:
         raise BackendError(f"backend {name!r} cannot run this model: {reason}")
-    return InputForm(record.limits, record.implementation, BACKENDS[name], record.facts.windows, model.dtype)
+    return InputForm(record.facts, record.implementation, BACKENDS[name], model.dtype)
 
 
 def model_inputs(model: Any, prompts: CompiledPrompt | Sequence[CompiledPrompt]) -> dict[str, Any]:

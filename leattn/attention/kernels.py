@@ -7,12 +7,16 @@ is computed apart from their own part; everywhere else keys are put side by side
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from leattn.attention.plan import Group
+from leattn.prompt.columns import columns_in
+from leattn.prompt.visible import Run
 
 SHORT = 64
 """Keys seen whole up to which each stretch of a group gets a copy of them; more are computed apart and merged."""
@@ -21,6 +25,25 @@ SHORT = 64
 BLOCK = 32
 """Queries that the CPU's kernel takes at a time. Fewer cost as much, so short stretches go side by side, and few queries with
 the heads that share a key head."""
+
+LONG = 1024
+"""Keys seen whole from which on a stretch by itself computes them apart from its own, without any mask."""
+
+TEMPORARY = 4 << 20
+"""Bytes of output that one batched call may make: page faults on large fresh tensors cost more than the calls."""
+
+Ints: TypeAlias = npt.NDArray[np.int64]
+
+
+def select(columns: Ints, device: torch.device) -> slice | torch.Tensor:
+    """Columns ``[n]`` as an index: an interval, which copies nothing, or a tensor."""
+    first, last = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 0)
+    return slice(first, last) if last - first == len(columns) else torch.from_numpy(columns).to(device)
+
+
+def picked(x: torch.Tensor, index: slice | torch.Tensor) -> torch.Tensor:
+    """Some columns of ``[B, G, K, D]``, ``[B, G, n, D]``."""
+    return x[:, :, index] if isinstance(index, slice) else x.index_select(2, index)
 
 
 def needs_gradient(*tensors: torch.Tensor) -> bool:
@@ -190,6 +213,65 @@ class Kernel:
             query, key, value, 0.0, causal, attn_mask=mask, scale=self.scaling
         )
         return output, lse[..., None]
+
+
+@dataclass(frozen=True)
+class Group:
+    """``count`` adjacent stretches of ``length`` queries from column ``start`` on.
+
+    ``seen`` are the columns that all of them see whole; with ``window``, instead, each stretch sees the ``window`` columns
+    before its own start.
+    """
+
+    start: int
+    length: int
+    count: int
+    seen: tuple[Run, ...]
+    window: int = 0
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length * self.count
+
+    @property
+    def seen_keys(self) -> int:
+        return self.window or sum(stop - start for start, stop in self.seen)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether what is seen is computed apart from what the stretches see of themselves."""
+        return self.count > 1 or self.window > 0 or (self.length > 1 and self.seen_keys > LONG)
+
+    def keys(self) -> Ints:
+        """The columns to pick out for it, ascending."""
+        return columns_in(self.seen if self.is_apart else [*self.seen, (self.start, self.stop)])
+
+    def run(
+        self,
+        kernel: Kernel,
+        index: slice | torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """Query ``[B, H, Q, D]`` over key and value ``[B, G, K, D]`` of all columns, into output ``[B, Q, H, D]``."""
+        keys, values = picked(key, index), picked(value, index)
+        if not self.is_apart:
+            if self.length == 1:
+                output.copy_(kernel.masked(query, keys, values, None))
+            else:
+                kernel.stairs(query, keys, values, output[:, None])
+            return
+        rows, heads, _, size = query.shape
+        most = max(1, TEMPORARY // (rows * heads * size * query.element_size()))
+        if not kernel.with_lse:  # each stretch gets a copy of what it sees
+            most = most * self.length // (self.length + self.seen_keys)
+        step = max(1, most // self.length)
+        for first in range(0, self.count, step):
+            piece = replace(self, start=self.start + first * self.length, count=min(step, self.count - first))
+            part = slice(piece.start - self.start, piece.stop - self.start)
+            kernel.group(query[:, :, part], key, value, piece, (keys, values), output[:, part])
 
 
 def _blocks(group: Group) -> Iterator[tuple[Group, int]]:

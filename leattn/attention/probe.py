@@ -70,7 +70,7 @@ def route(model: Any, record: Model, backend: Backend) -> tuple[str | None, bool
 
 
 def _found_out(model: Any, record: Model, backend: Backend) -> tuple[str | None, bool]:
-    reason = refusal(backend, record, record.device)
+    reason = refusal(backend, record)
     if reason is not None:
         return reason, False
     if record.facts.can_switch:
@@ -85,7 +85,7 @@ def _found_out(model: Any, record: Model, backend: Backend) -> tuple[str | None,
 
 def _probe(model: Any, record: Model, backend: Backend, *, native: bool) -> str | None:
     """Five tiny forwards on graphs whose answers are known, whatever the weights are."""
-    sample = Sample.draw(record.vocabulary)
+    sample = Sample.draw(record.facts.vocabulary)
 
     def logits(prompt: CompiledPrompt) -> dict[str, torch.Tensor]:
         block = Block(record, Columns.of_prompts([prompt], record.device), [backend], native=native)

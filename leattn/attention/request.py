@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
-from leattn.errors import BackendError, LeattnError, choices
-from leattn.model.facts import Facts
+from leattn.errors import BackendError
+from leattn.model.record import Model
 from leattn.model.registry import attention_function
 from leattn.prompt.columns import Columns
 from leattn.prompt.masks import additive
@@ -23,14 +23,14 @@ Need: TypeAlias = Literal["weights", "scores", "mask", "additive mask", "padding
 """What a forward may ask of its backend beyond the graph itself."""
 
 NEEDS: dict[Need, str] = {
-    "weights": "has no attention weights to return; use backend='eager' for output_attentions",
-    "scores": "cannot carry changed attention scores; use backend='eager' or 'sdpa'",
-    "mask": "takes no mask of your own; use backend='eager' or 'sdpa', or edit the prompt",
-    "additive mask": "takes a boolean mask only; give a boolean mask, or use backend='eager' or 'sdpa'",
-    "padding": "takes no attention_mask that hides tokens of a prompt; use backend='sdpa'",
-    "dropout": "has no attention dropout; use model.eval() or set it to 0 in the config",
+    "weights": "{} has no attention weights to return; use backend='eager' for output_attentions",
+    "scores": "this changes attention scores, which backend {!r} cannot carry; use backend='eager' or 'sdpa'",
+    "mask": "{} takes no mask of your own; use backend='eager' or 'sdpa', or edit the prompt",
+    "additive mask": "{} takes a boolean mask only; give a boolean mask, or use backend='eager' or 'sdpa'",
+    "padding": "{} takes no attention_mask that hides tokens of a prompt; use backend='sdpa'",
+    "dropout": "{} has no attention dropout; use model.eval() or set it to 0 in the config",
 }
-"""Why a backend that does not carry a need is refused, after its name."""
+"""Why a backend, by name, that does not carry a need is refused."""
 
 LayerAttention: TypeAlias = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 """What travels through a model as its mask: ``(module, query, key, value, **kwargs)`` → output ``[B, Q, H, D]``, weights.
@@ -39,41 +39,13 @@ Query is ``[B, H, Q, D]``, key and value are ``[B, G, K, D]``. A ``mask`` attrib
 """
 
 
-class UserMask:
-    """A 4D mask of the user's, ``[1 or P, 1 or H, ≥ S, ≥ S]``, combined with the graph or instead of it.
-
-    Raises
-    ------
-    BackendError
-        Another shape, a dtype that is neither, or an additive mask whose maximum is not 0.
-    LeattnError
-        An unknown mode.
-    """
-
-    def __init__(self, mask: torch.Tensor, mode: MaskMode, columns: Columns) -> None:
-        if mode not in ("combine", "replace"):
-            raise LeattnError(choices("mask_mode", mode, ("combine", "replace")))
-        _check_mask(mask, len(columns.rows), columns.width)
-        self.mask, self.replaces = mask.to(columns.device), mode == "replace"
-
-    @property
-    def is_boolean(self) -> bool:
-        return self.mask.dtype == torch.bool
-
-    def rows(self, queries: range, keys: int, prompts: int) -> torch.Tensor:
-        """``[P, 1 or H, Q, K]`` for these columns: later queries inherit its last row, later keys are open."""
-        mask = self.mask.expand(prompts, -1, -1, -1)
-        index = torch.arange(queries.start, queries.stop, device=mask.device).clamp(max=mask.shape[2] - 1)
-        rows = mask[:, :, index, :keys]
-        return torch.nn.functional.pad(rows, (0, keys - rows.shape[-1]), value=True if self.is_boolean else 0.0)
-
-
 @dataclass(frozen=True)
 class Request:
     """One mask of one forward: the columns of the queries, and how many keys there are.
 
     ``window`` is None for full attention. ``padding`` is the caller's own ``attention_mask``, ``[B, ≤ K]`` bool, where it hides
-    more than the padding in front of prompts. ``kept`` is a backend's own, from one step of decoding to the next: empty
+    more than the padding in front of prompts. ``user`` is a mask of the user's, ``[1 or P, 1 or H, ≥ S, ≥ S]``, combined with
+    the graph, or instead of it. ``kept`` is a backend's own, from one step of decoding to the next: empty
     whenever the prompt runs. ``may_skip`` says that plain text may go without a mask.
     """
 
@@ -85,7 +57,8 @@ class Request:
     dtype: torch.dtype
     device: torch.device
     padding: torch.Tensor | None = None
-    user: UserMask | None = None
+    user: torch.Tensor | None = None
+    replaces: bool = False
     kept: dict[Any, Any] = field(default_factory=dict)
     may_skip: bool = True
 
@@ -106,10 +79,9 @@ class Request:
     def allowed(self) -> torch.Tensor:
         """Who may attend, ``[B, 1 or H, Q, K]`` bool: the graph, the user's mask if boolean, and the caller's padding."""
         columns, queries, keys = self.columns, self.queries, self.keys
-        replaced = self.user is not None and self.user.replaces
-        allowed = (self._open() if replaced else columns.dense(queries, keys, self.window))[:, None]
-        if self.user is not None and self.user.is_boolean:
-            allowed = allowed & self.user.rows(queries, keys, len(columns.rows))
+        allowed = (self._open() if self.replaces else columns.dense(queries, keys, self.window))[:, None]
+        if self.user is not None and not self.is_additive:
+            allowed = allowed & self._user_rows(self.user)
         allowed = allowed.repeat_interleave(self.repeats, 0).to(self.device)
         if self.padding is None:
             return allowed
@@ -123,11 +95,23 @@ class Request:
     def additive(self) -> torch.Tensor:
         """The same as numbers to add to the scores, ``[B, 1 or H, Q, K]`` in ``dtype``, with a maximum of 0."""
         mask = additive(self.allowed(), self.dtype)
-        if self.user is None or self.user.is_boolean:
+        if self.user is None or not self.is_additive:
             return mask
-        user = self.user.rows(self.queries, self.keys, len(self.columns.rows)).to(mask)
+        user = self._user_rows(self.user).to(mask)
         # The smallest number twice would overflow to −inf, and a row of −inf has no softmax.
         return (mask + user.repeat_interleave(self.repeats, 0)).clamp(min=torch.finfo(self.dtype).min)
+
+    @property
+    def is_additive(self) -> bool:
+        """Whether the user's mask is one of numbers."""
+        return self.user is not None and self.user.dtype != torch.bool
+
+    def _user_rows(self, user: torch.Tensor) -> torch.Tensor:
+        """``[P, 1 or H, Q, K]`` of the user's mask: later queries inherit its last row, later keys are open."""
+        mask = user.expand(len(self.columns.rows), -1, -1, -1)
+        index = torch.arange(self.queries.start, self.queries.stop, device=mask.device).clamp(max=mask.shape[2] - 1)
+        rows = mask[:, :, index, : self.keys]
+        return torch.nn.functional.pad(rows, (0, self.keys - rows.shape[-1]), value=0.0 if self.is_additive else True)
 
     def visible_keys(self) -> torch.Tensor:
         """The keys that the caller's ``padding`` leaves, ``[B, K]`` bool; all that it says nothing about."""
@@ -145,38 +129,42 @@ class Request:
         return allowed if self.window is None else allowed & columns.within(self.queries, self.keys, self.window)
 
 
-def lacks(backend: Backend, needs: Collection[Need]) -> str:
-    """The sentence for the first need that a backend does not carry."""
-    return f"{backend.name} " + next(NEEDS[need] for need in NEEDS if need in needs and need not in backend.carries)
+def never(record: Model) -> str | None:
+    """No reason to refuse a model."""
+    del record
+    return None
 
 
-class Backend(Protocol):
+@dataclass(frozen=True)
+class Backend:
     """A way to compute the graph's attention. One of your own is passed as ``backend=``; see docs/extending.md.
 
     Attributes
     ----------
-    name : str
+    name
         What users call it.
-    implementation : str or None
+    attention
+        The attention of the layers that a request is for. Asked once per forward and kind of layer.
+    refusal
+        Why it cannot serve a model, in words that follow "backend 'name' cannot run this model: "; None if it can.
+    implementation
         The attention implementation of transformers whose masks ``attention(request).mask`` are; None if there is none.
-    carries : collection of Need
+    carries
         What it has beyond the graph.
+    device
+        The type of device that it runs on; None for any.
     """
 
-    @property
-    def name(self) -> str: ...
+    name: str
+    attention: Callable[[Request], LayerAttention]
+    refusal: Callable[[Model], str | None] = never
+    implementation: str | None = None
+    carries: Collection[Need] = ()
+    device: str | None = None
 
-    @property
-    def implementation(self) -> str | None: ...
-
-    @property
-    def carries(self) -> Collection[Need]: ...
-
-    def refusal(self, facts: Facts, device: torch.device) -> str | None:
-        """Why it cannot serve such a model, in words that follow "backend 'name' cannot run this model: "; None if it can."""
-
-    def attention(self, request: Request) -> LayerAttention:
-        """The attention of the layers that this request is for. Made once per forward and kind of layer."""
+    def lacks(self, needs: Collection[Need]) -> str | None:
+        """The sentence for the first need that it does not carry, or None."""
+        return next((NEEDS[need].format(self.name) for need in NEEDS if need in needs and need not in self.carries), None)
 
 
 @dataclass(frozen=True)
@@ -194,17 +182,25 @@ class UnderMask:
         return output
 
 
-def _check_mask(mask: torch.Tensor, prompts: int, columns: int) -> None:
+def checked_mask(mask: torch.Tensor, columns: Columns) -> torch.Tensor:
+    """A user's 4D mask on the columns' device, after everything that can be wrong with it.
+
+    Raises
+    ------
+    BackendError
+        Another shape, a dtype that is neither, or an additive mask whose maximum is not 0.
+    """
+    prompts, width = len(columns.rows), columns.width
     if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
         shape = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise BackendError(f"mask is a 4D tensor [B, 1 or H, Q, K], not {shape}")
-    if mask.shape[0] not in (1, prompts) or mask.shape[2] < columns or mask.shape[3] < columns:
+    if mask.shape[0] not in (1, prompts) or mask.shape[2] < width or mask.shape[3] < width:
         raise BackendError(
-            f"mask has shape {list(mask.shape)}; these {prompts} prompts of at most {columns} tokens need "
-            f"[1 or {prompts}, 1 or H, ≥ {columns}, ≥ {columns}]"
+            f"mask has shape {list(mask.shape)}; these {prompts} prompts of at most {width} tokens need "
+            f"[1 or {prompts}, 1 or H, ≥ {width}, ≥ {width}]"
         )
     if mask.dtype == torch.bool:
-        return
+        return mask.to(columns.device)
     if not mask.is_floating_point():
         raise BackendError(
             f"mask has dtype {mask.dtype}; give a boolean mask (True may attend), e.g. mask.bool(), or an additive one"
@@ -214,3 +210,4 @@ def _check_mask(mask: torch.Tensor, prompts: int, columns: int) -> None:
             f"an additive mask is in inverted form: 0 where a token may attend and negative elsewhere, so its maximum is 0; "
             f"this one has maximum {mask.max().item():g}. For a 0/1 mask give mask.bool()"
         )
+    return mask.to(columns.device)

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 from leattn.attention.kernels import needs_gradient
-from leattn.attention.plan import size
 from leattn.errors import BackendError
 from leattn.prompt.columns import Stretch
 from leattn.prompt.visible import Run
@@ -179,15 +178,19 @@ def _call(
     return output, lse.float().transpose(0, 1)[..., None]
 
 
+def _size(runs: Sequence[Run]) -> int:
+    return sum(stop - start for start, stop in runs)
+
+
 def _portions(sharers: Iterable[_Sharers]) -> list[list[_Sharers]]:
     """In order, and in as few parts as gather ``GATHERED`` keys each."""
     parts: list[list[_Sharers]] = []
     keys = GATHERED
     for one in sharers:
-        keys += size(one.runs)
+        keys += _size(one.runs)
         if keys > GATHERED:
             parts.append([])
-            keys = size(one.runs)
+            keys = _size(one.runs)
         parts[-1].append(one)
     return parts
 
@@ -196,7 +199,7 @@ def _seen(sharers: Sequence[_Sharers], device: torch.device) -> Seen:
     """One call's worth; indices are slices, which copy nothing, where tokens lie side by side."""
     queries = np.concatenate([np.arange(one.start, one.stop) for one in sharers])
     columns = np.concatenate([np.arange(start, stop) for one in sharers for start, stop in one.runs])
-    lengths = [size(one.runs) for one in sharers]
+    lengths = [_size(one.runs) for one in sharers]
     rows = {one.row for one in sharers}
     row: int | torch.Tensor = sharers[0].row
     if len(rows) > 1:

@@ -95,7 +95,7 @@ def _with_store(
         tokens = torch.cat([torch.arange(*prompt.offsets[i : i + 2]) for i in sinks])
         setattr(output, name, getattr(output, name)[:, tokens])
         return output
-    record.limits.check_positions([prompt])
+    record.facts.check_positions([prompt])
     program, _ = build([prompt], prompt.tokenizer)
     with session(model, record, program, backend=backend, kv_store=store) as work:
         output = work.logits(lengths, **model_kwargs)
@@ -147,7 +147,7 @@ def warm(
     else:
         prompt = compile_prompt(nodes, tokenizer, positions=positions, visibility=visibility)
     record = Model.of(model)
-    record.limits.check_positions([prompt])
+    record.facts.check_positions([prompt])
     program, _ = build([prompt], prompt.tokenizer)
     every = range(len(prompt.graph))
     with (

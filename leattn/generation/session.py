@@ -60,7 +60,7 @@ def session(
             "interventions follow the layout of one compiled prompt, and here tokens run in another order; leave the intervene "
             "block first (what a program wrote compiles, as result.realised, to a prompt to intervene on)"
         )
-    record.limits.check_token(*max((max(unit.ids, default=0), unit.name) for unit in program.units))
+    record.facts.check_token(*max((max(unit.ids, default=0), unit.name) for unit in program.units))
     reuse = None if kv_store is None else Reuse(model, record, kv_store)
     columns = Columns([Row(program.visible)], record.device)
     with follow(block_for(model, record, columns, backend)) as block, torch.no_grad():

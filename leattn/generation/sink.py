@@ -13,7 +13,7 @@ import torch
 from leattn.attention.attend import attend
 from leattn.attention.block import Block
 from leattn.attention.request import Backend
-from leattn.errors import LeattnError
+from leattn.errors import BackendError, LeattnError
 from leattn.generation.branch import cut_at_stop, decoder
 from leattn.generation.program import build
 from leattn.generation.result import Generation, Stats
@@ -40,7 +40,7 @@ def continue_sinks(
     """One generation per prompt; several prompts are a batch, padded on the left. With a store there is one prompt."""
     record = Model.of(model)
     options = _options(model, tokenizer, options)
-    record.limits.check_positions(prompts, new_tokens=_new_tokens(model, prompts, options))
+    record.facts.check_positions(prompts, new_tokens=_new_tokens(model, prompts, options))
     started = time.perf_counter()
     with ExitStack() as stack:
         work = None
@@ -83,7 +83,7 @@ def _check_with_store(model: Any, options: dict[str, Any]) -> None:
         raise LeattnError("use_cache=False computes everything again for every token; leave it out, or leave kv_store out")
     for name in ASSISTED:
         if _asked(model, options, name):
-            raise LeattnError(
+            raise BackendError(
                 f"{name}: transformers' assisted decoding begins with an empty cache, and kv_store fills it before; give one "
                 "of them"
             )

@@ -79,7 +79,7 @@ def write_together(
     for i in program.written:
         sampling.config(program.units[i].sampling)
     last = _last_position(program, sampling)
-    record.limits.check_last_position(last, f"the last position may be {last}")
+    record.facts.check_last_position(last, f"the last position may be {last}")
     if seed is None:
         seed = int(torch.randint(2**62, ()))  # so that torch.manual_seed is honoured
     bar = tqdm(total=len(program.written), unit="node", disable=not options.progress)

@@ -53,6 +53,7 @@ def intervene(
     Examples
     --------
     >>> import leattn
+    >>> from leattn.interventions import Suppress
     >>> model, tokenizer = leattn.tiny.load()
     >>> a = leattn.ICLNode("The sky is", id="a")
     >>> prompt = leattn.compile_prompt(leattn.ICLNode(" blue.", [a], id="b"), tokenizer)
@@ -88,7 +89,7 @@ def _applied(attention: Block, operations: tuple[Operation, ...]) -> Iterator[Bl
     subject = Subject(attention.columns, len(layers), record.base.config.num_attention_heads)
     bound = [operation.bind(subject) for operation in operations]
     if changing := doing(bound, "scores"):
-        attention.wrap(ChangedScores(changing), "scores")
+        attention.wrap(ChangedScores(changing), "Suppress", "scores")
     with ExitStack() as stack:
         if editors := doing(bound, "edit"):
             for number, layer in enumerate(layers):

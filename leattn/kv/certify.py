@@ -63,7 +63,7 @@ def certificate(model: Any) -> Certificate:
 
 
 def _certify(model: Any, record: Model) -> Certificate:
-    graph = Sample.draw(record.vocabulary)
+    graph = Sample.draw(record.facts.vocabulary)
     try:
         cold = _run(model, record, graph.prompt())
         swapped = _run(model, record, graph.prompt(swap=True))

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from leattn.errors import BackendError, LeattnWarning
+from leattn.prompt.compile import CompiledPrompt
+
 
 @dataclass(frozen=True)
 class Facts:
-    """What does not change while a model lives.
+    """What does not change while a model lives (its vocabulary may; see :attr:`Model.facts`). Can travel without the model.
 
     ``windows`` is the sliding window of each layer type that a model takes a mask for; one unnamed type ``""`` where all layers
     are alike. ``position_limit`` is how many positions a learned table holds, ``rope_limit`` up to where rotary angles do not
@@ -21,6 +26,7 @@ class Facts:
     """
 
     family: str
+    vocabulary: int
     can_switch: bool
     takes_positions: bool
     stateful: bool
@@ -35,13 +41,50 @@ class Facts:
     rope_limit: int | None
     trained_length: int | None
 
+    def check_tokens(self, prompts: Sequence[CompiledPrompt]) -> None:
+        """Refuse token ids that the model has no embedding for."""
+        for prompt in prompts:
+            node = prompt.graph.nodes[int(prompt.node_index[int(prompt.input_ids[0].argmax())])]
+            self.check_token(int(prompt.input_ids.max()), prompt.graph.name(node))
+
+    def check_token(self, largest: int, node: str) -> None:
+        """Refuse the largest token id of a node if the model has no embedding for it."""
+        if largest >= self.vocabulary:
+            raise BackendError(
+                f"node {node!r} holds token id {largest}, but the model has {self.vocabulary} embeddings: "
+                "tokenizer and model do not belong together, or model.resize_token_embeddings was not called"
+            )
+
+    def check_positions(self, prompts: Sequence[CompiledPrompt], *, new_tokens: int = 0) -> None:
+        """Refuse positions past a learned table or a length-dependent RoPE's limit; warn past what RoPE was trained for."""
+        for prompt in prompts:
+            last = max(int(prompt.position_ids.max()), int(prompt.position_ids[0, -1]) + new_tokens)
+            which = f"the last position is {last}" + (f" with {new_tokens} new tokens" if new_tokens else "")
+            self.check_last_position(last, which)
+
+    def check_last_position(self, last: int, which: str) -> None:
+        """The same for the last position of whatever ``which`` says."""
+        if self.position_limit is not None and last >= self.position_limit:
+            raise BackendError(
+                f"{which}, but {self.family} has a table of {self.position_limit} positions; "
+                "use fewer or shorter nodes, or let siblings share positions (positions='after_parents')"
+            )
+        if self.rope_limit is not None and last >= self.rope_limit:
+            raise BackendError(
+                f"{which}, but past {self.rope_limit} this model's rotary angles depend on the length of the whole input, so "
+                "unrelated nodes would change each other; keep positions below it, or load the model without that RoPE scaling"
+            )
+        if self.trained_length is not None and last >= self.trained_length:
+            warnings.warn(f"{which}; {self.family} was trained for {self.trained_length}", LeattnWarning, stacklevel=5)
+
 
 def read_facts(base: PreTrainedModel) -> Facts:
     """The facts of a backbone."""
-    config = base.config
+    config, embeddings = base.config, cast(Any, base.get_input_embeddings())
     caches = DynamicCache(config=config).layers
     return Facts(
         family=str(config.model_type),
+        vocabulary=int(embeddings.weight.shape[0]),
         can_switch=bool(base._can_set_attn_implementation()),
         takes_positions="position_ids" in inspect.signature(base.forward).parameters,
         stateful=bool(getattr(base, "_is_stateful", False)) or any(not isinstance(layer, CacheLayerMixin) for layer in caches),
@@ -52,7 +95,7 @@ def read_facts(base: PreTrainedModel) -> Facts:
         sinks=any(name.endswith(".sinks") for name, _ in base.named_parameters()),
         supports_sdpa=bool(getattr(base, "_supports_sdpa", False)),
         supports_flex=bool(getattr(base, "_supports_flex_attn", False)),
-        position_limit=_learned_positions(base, base.get_input_embeddings()),
+        position_limit=_learned_positions(base, embeddings),
         rope_limit=_rope_limit(config),
         trained_length=getattr(config, "max_position_embeddings", None),
     )

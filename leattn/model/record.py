@@ -15,8 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from leattn.errors import BackendError
-from leattn.model.facts import read_facts
-from leattn.model.limits import Limits
+from leattn.model.facts import Facts, read_facts
 from leattn.model.registry import OURS
 
 _records: WeakKeyDictionary[Any, Model] = WeakKeyDictionary()
@@ -28,8 +27,6 @@ class Model:
 
     Attributes
     ----------
-    facts : Facts
-        Read once.
     lock : RLock
         Around everything below, which other rooms fill in.
     routes : dict
@@ -43,7 +40,7 @@ class Model:
 
     def __init__(self, base: PreTrainedModel) -> None:
         self._base = ref(base)
-        self.facts = read_facts(base)
+        self._facts = read_facts(base)
         self.lock = threading.RLock()
         self.routes: dict[Any, Any] = {}
         self.certificate: Any = None
@@ -94,14 +91,11 @@ class Model:
         return cast(torch.dtype, next(dtypes))
 
     @property
-    def vocabulary(self) -> int:
-        """Token ids that it has embeddings for."""
-        return int(self._embeddings.shape[0])
-
-    @property
-    def limits(self) -> Limits:
-        """What its token ids and positions are checked against."""
-        return Limits(self.facts, self.vocabulary)
+    def facts(self) -> Facts:
+        """Read once, and once more after ``resize_token_embeddings``."""
+        if self._facts.vocabulary != len(self._embeddings):
+            self._facts = read_facts(self.base)
+        return self._facts
 
     @cached_property
     def layers(self) -> list[torch.nn.Module]:
@@ -138,13 +132,6 @@ class Model:
                 )
             modules.append(children[0])
         return modules
-
-    @property
-    def windows(self) -> list[int | None]:
-        """The sliding window of each layer in positions; None for full attention."""
-        config, by_type = self.base.config, self.facts.windows
-        kinds = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
-        return [by_type.get(kind, by_type.get("")) for kind in kinds]
 
     @property
     def checkpoints(self) -> bool:

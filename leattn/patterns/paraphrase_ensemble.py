@@ -175,7 +175,7 @@ def paraphrase_ensemble(
     limit = sampling.limit({}, len(prompt))
     if not limit:
         raise LeattnError(f"max_length leaves no token to write after a graph of {len(prompt)} tokens; use max_new_tokens")
-    record.limits.check_last_position(max(ends) + limit, f"the last position may be {max(ends) + limit}")
+    record.facts.check_last_position(max(ends) + limit, f"the last position may be {max(ends) + limit}")
     if seed is None:
         seed = int(torch.randint(2**62, ()))  # so that torch.manual_seed is honoured
     chooser = sampling.chooser({}, prompt.input_ids[0].tolist(), branch_seed(seed, NAME))
