@@ -229,11 +229,11 @@ def test_what_is_called_exists_in_this_torch():
     """The arguments by name, and an answer to the question that ``_Aux`` asks."""
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-    assert varlen._Aux(lse=True) == AuxRequest(lse=True)
+    assert varlen.LSE.lse == AuxRequest(lse=True).lse
     with FakeTensorMode():
         query, key = torch.empty(5, 4, 64), torch.empty(6, 2, 64)
-        cuts = [varlen.Sequences(torch.empty(3, dtype=torch.int32), 4) for _ in range(2)]
-        output, lse = varlen._call(varlen_attn, query, key, key, *cuts, 0.1)
+        cuts = [(torch.empty(3, dtype=torch.int32), 4)] * 2
+        output, lse = varlen.call(varlen_attn, query, key, key, *cuts, 0.1)
     assert (output.shape, lse.shape) == ((5, 4, 64), (5, 4, 1))
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from leattn.analysis.fold import Folded, Pair, Scores, fold
-from leattn.attention.block import Block, Call, Wrapped, running
+from leattn.attention.block import Block, Call, running
 from leattn.interventions import Operation, intervene
 from leattn.model.record import Model
 from leattn.prompt.compile import CompiledPrompt
@@ -27,7 +27,7 @@ class Tracer:
     layers: frozenset[int]
     pairs: Sequence[Pair]
     tile_bytes: int
-    inner: Wrapped | None = None
+    inner: Any = None
     folded: dict[int, Folded] = field(default_factory=dict)
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     keys: dict[int, torch.Tensor] = field(default_factory=dict)

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 from weakref import ref
 
 import torch
@@ -23,10 +24,6 @@ from leattn.errors import BackendError
 from leattn.model import registry
 from leattn.model.record import Model
 from leattn.prompt.columns import Columns
-
-
-class InUse(BackendError):
-    """Another thread has the model in an implementation of its own."""
 
 
 @dataclass(eq=False, repr=False)
@@ -62,7 +59,7 @@ class Block:
     needs: frozenset[Need] = frozenset()
     user: torch.Tensor | None = None
     replaces: bool = False
-    wrapped: Wrapped | None = None
+    wrapped: Any = None
     operations: tuple[Any, ...] = ()
     reenter: Callable[[Block], AbstractContextManager[Block]] | None = None
     forwards: int = 0
@@ -115,8 +112,11 @@ class Block:
             )
         return served
 
-    def wrap(self, wrapped: Wrapped, what: str, *needs: Need) -> None:
+    def wrap(self, wrapped: Any, what: str, *needs: Need) -> None:
         """Put something around the attention of every layer, which asks this of the backend; ``what`` names it in errors.
+
+        ``wrapped.before(call)`` gives the mask to use instead of ``call.mask``, or that one; ``wrapped.after(call)`` looks at
+        what was computed with.
 
         Raises
         ------
@@ -159,37 +159,26 @@ class Call:
         return self.block.queries
 
 
-class Wrapped(Protocol):
-    """Something around a backend's attention: it may change the mask before, and look at the call after."""
-
-    def before(self, call: Call) -> Any:
-        """The mask to use instead of ``call.mask``, or that one."""
-
-    def after(self, call: Call) -> None:
-        """Look at what was computed with."""
-
-
-@dataclass(frozen=True)
-class Around:
-    """A backend's attention with something before and after it."""
-
-    block: Block
-    inner: Any
-    window: int | None
-
-    def __call__(
-        self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        wrapped, scaling, mask = self.block.wrapped, kwargs.get("scaling"), getattr(self.inner, "mask", None)
-        assert wrapped is not None
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        layer: Any = module.layer_idx
-        call = Call(self.block, layer, query, key, value, mask, self.window, scaling, kwargs.get("softcap"))
-        changed = wrapped.before(call)
-        inner = self.inner if changed is mask else replace(self.inner, mask=changed)
-        output: tuple[torch.Tensor, torch.Tensor | None] = inner(module, query, key, value, **kwargs)
-        wrapped.after(call)
-        return output
+def wrapped_attention(
+    block: Block,
+    inner: Any,
+    window: int | None,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A backend's attention, ``inner``, with what is around the block's before and after it."""
+    scaling, mask = kwargs.get("scaling"), getattr(inner, "mask", None)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer: Any = module.layer_idx
+    call = Call(block, layer, query, key, value, mask, window, scaling, kwargs.get("softcap"))
+    changed = block.wrapped.before(call)
+    inner = inner if changed is mask else replace(inner, mask=changed)
+    output: tuple[torch.Tensor, torch.Tensor | None] = inner(module, query, key, value, **kwargs)
+    block.wrapped.after(call)
+    return output
 
 
 _blocks: ContextVar[tuple[Block, ...]] = ContextVar("leattn_blocks", default=())
@@ -202,7 +191,7 @@ _forwards: ContextVar[tuple[Block, ...]] = ContextVar("leattn_forwards", default
 def follow(block: Block) -> Iterator[Block]:
     """Open a block, without any check of whether the model can do it."""
     outer, active = _blocks.get(), _forwards.get()
-    _open(block, outer)
+    _open(block)
     try:
         _blocks.set((*outer, block))
         yield block
@@ -222,25 +211,25 @@ def running(record: Model) -> Block | None:
     return next((block for block in reversed(_forwards.get()) if block.record is record), None)
 
 
-def _open(block: Block, outer: tuple[Block, ...]) -> None:
+def check_not_in_use(record: Model, implementation: str) -> None:
+    """Refuse another implementation than the one on which another thread has the model at the moment."""
+    others = [other for other in record.blocks if other not in _blocks.get() and other.implementation != implementation]
+    if others:
+        raise BackendError(
+            f"another thread is using this model on {others[-1].implementation!r}, and this block needs {implementation!r}: "
+            f"{record.facts.family}, or training with gradient checkpointing, runs on one implementation at a time"
+        )
+
+
+def _open(block: Block) -> None:
     """The first block on a model hooks its backbone; each sets the implementation that it runs on."""
     record, name = block.record, block.implementation
     with record.lock:
-        others = [other for other in record.blocks if other not in outer]
-        if any(other.implementation != name for other in others):
-            raise InUse(
-                f"another thread is using this model on {others[-1].implementation!r}, and this block needs {name!r}: "
-                f"{record.facts.family}, or training with gradient checkpointing, runs on one implementation at a time"
-            )
-        first = not record.blocks
-        if first:
-            hooks = (_before, {"with_kwargs": True, "prepend": True}), (_after, {"always_call": True})
-            record.originals = record.implementations()
-            base = record.base
-            record.handles = (
-                base.register_forward_pre_hook(hooks[0][0], **hooks[0][1]),
-                base.register_forward_hook(hooks[1][0], **hooks[1][1]),
-            )
+        check_not_in_use(record, name)
+        if not record.blocks:
+            base, record.originals = record.base, record.implementations()
+            before = base.register_forward_pre_hook(_before, with_kwargs=True, prepend=True)
+            record.handles = (before, base.register_forward_hook(_after, always_call=True))
         registry.acquire(name, _answer)
         record.blocks.append(block)
         try:
@@ -331,7 +320,7 @@ def _answer(config: Any, plain: Callable[[], Any] | None, padding: torch.Tensor 
         attention: LayerAttention = block.backend.attention(request)
         if block.native:
             return attention.mask  # type: ignore[attr-defined]
-        return attention if block.wrapped is None else Around(block, attention, request.window)
+        return attention if block.wrapped is None else partial(wrapped_attention, block, attention, request.window)
     if not active and any(block.record.base.config is config for block in _blocks.get()):
         # ``generate`` with a static cache asks ahead; the forward asks again.
         return torch.ones(asked["rows"], asked["queries"].stop, device=asked["device"]) if padding is None else padding

@@ -22,6 +22,7 @@ SHORT = 64
 """Keys seen whole up to which each stretch of a group gets a copy of them; more are computed apart and merged."""
 
 
+FOLD = True
 BLOCK = 32
 """Queries that the CPU's kernel takes at a time. Fewer cost as much, so short stretches go side by side, and few queries with
 the heads that share a key head."""
@@ -37,8 +38,9 @@ Ints: TypeAlias = npt.NDArray[np.int64]
 
 def select(columns: Ints, device: torch.device) -> slice | torch.Tensor:
     """Columns ``[n]`` as an index: an interval, which copies nothing, or a tensor."""
-    first, last = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 0)
-    return slice(first, last) if last - first == len(columns) else torch.from_numpy(columns).to(device)
+    if (np.diff(columns) != 1).any():
+        return torch.from_numpy(columns).to(device)
+    return slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(0, 0)
 
 
 def picked(x: torch.Tensor, index: slice | torch.Tensor) -> torch.Tensor:
@@ -163,7 +165,7 @@ class Kernel:
             step = parts[0][:, :, start:stop], parts[1][:, :, :stop], parts[2][:, :, :stop]
             steps.append(self._flash(*step, causal=is_causal, mask=mask))
         mine, mine_lse = (_joined(torch.cat(x, 2), group) for x in zip(*steps, strict=True))
-        if 2 * query.shape[2] <= BLOCK:
+        if FOLD and 2 * query.shape[2] <= BLOCK:
             theirs, theirs_lse = self._folded(query, *seen)
         else:
             theirs, theirs_lse = (x.transpose(1, 2) for x in self._flash(query, *seen))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from leattn.attention.backends import refusal
-from leattn.attention.block import Block, InUse, follow
+from leattn.attention.block import Block, check_not_in_use, follow
 from leattn.attention.request import Backend
 from leattn.dag.node import ICLNode
 from leattn.errors import BackendError
 from leattn.model.record import Model, probing
+from leattn.model.registry import OURS
 from leattn.prompt.columns import Columns
 from leattn.prompt.compile import CompiledPrompt, compile_prompt
 
@@ -21,39 +21,30 @@ CLASHES = (TypeError, AttributeError, LookupError, NotImplementedError, RuntimeE
 """What a family's code raises when a mask is not what it calculates with."""
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A root, two siblings and a node that nobody sees; a child of the first three, and a node that sees the child alone."""
+LENGTHS = {"root": 4, "left": 5, "right": 3, "other": 2, "child": 4, "tail": 3}
 
-    tokens: dict[str, list[int]]
-    vocabulary: int
 
-    @staticmethod
-    def draw(vocabulary: int) -> Sample:
-        generator = torch.Generator().manual_seed(0)
-        lengths = {"root": 4, "left": 5, "right": 3, "child": 4, "tail": 3, "other": 2}
-        tokens = {name: torch.randint(0, vocabulary, (n,), generator=generator).tolist() for name, n in lengths.items()}
-        return Sample(tokens, vocabulary)
+def sample_tokens(vocabulary: int) -> dict[str, list[int]]:
+    """Random tokens for the nodes of :func:`sample`."""
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randint(0, vocabulary, (n,), generator=generator).tolist() for name, n in LENGTHS.items()}
 
-    def changed(self, name: str) -> Sample:
-        """The same with other tokens in one node."""
-        tokens = [(token + 1) % self.vocabulary for token in self.tokens[name]]
-        return replace(self, tokens={**self.tokens, name: tokens})
 
-    def prompt(self, *, start: int = 0, gap: int = 0, swap: bool = False, only: str | None = None) -> CompiledPrompt:
-        """The whole graph, or one node with its ancestors. Everyone's position is relative to the root's."""
-        nodes = {"root": ICLNode(self.tokens["root"], id="root", start_pos_id=start)}
+def sample(
+    tokens: Mapping[str, Sequence[int]], *, start: int = 0, gap: int = 0, swap: bool = False, only: str | None = None
+) -> CompiledPrompt:
+    """A graph on which much can be told of a model, or one of its nodes with its ancestors.
 
-        def add(name: str, *parents: str, at: int | None = None) -> None:
-            nodes[name] = ICLNode(self.tokens[name], [nodes[parent] for parent in parents], id=name, start_pos_id=at)
-
-        for name in ("right", "left") if swap else ("left", "right"):
-            add(name, "root")
-        add("other", "root")
-        seen = len(self.tokens["root"]) + max(len(self.tokens["left"]), len(self.tokens["right"]))
-        add("child", "root", "left", "right", at=start + seen + gap if gap else None)
-        add("tail", "child")
-        return compile_prompt([nodes["tail"], nodes["other"]] if only is None else nodes[only])
+    A root, two siblings and a node that nobody sees, which see it; a child of the first three; and a node that sees the child
+    alone. Everyone's position is relative to the root's, which is ``start``; ``gap`` moves the child further on.
+    """
+    nodes = {"root": ICLNode(tokens["root"], id="root", start_pos_id=start)}
+    siblings = ("right", "left") if swap else ("left", "right")
+    parents = {name: ["root"] for name in (*siblings, "other")} | {"child": ["root", "left", "right"], "tail": ["child"]}
+    for name, seen in parents.items():
+        at = start + len(tokens["root"]) + max(map(len, tokens.values())) + gap if gap and name == "child" else None
+        nodes[name] = ICLNode(tokens[name], [nodes[parent] for parent in seen], id=name, start_pos_id=at)
+    return compile_prompt([nodes["tail"], nodes["other"]] if only is None else nodes[only])
 
 
 def route(model: Any, record: Model, backend: Backend) -> tuple[str | None, bool]:
@@ -85,7 +76,11 @@ def _found_out(model: Any, record: Model, backend: Backend) -> tuple[str | None,
 
 def _probe(model: Any, record: Model, backend: Backend, *, native: bool) -> str | None:
     """Five tiny forwards on graphs whose answers are known, whatever the weights are."""
-    sample = Sample.draw(record.facts.vocabulary)
+    vocabulary = record.facts.vocabulary
+    tokens = sample_tokens(vocabulary)
+
+    def changed(name: str) -> dict[str, list[int]]:
+        return {**tokens, name: [(token + 1) % vocabulary for token in tokens[name]]}
 
     def logits(prompt: CompiledPrompt) -> dict[str, torch.Tensor]:
         block = Block(record, Columns.of_prompts([prompt], record.device), [backend], native=native)
@@ -94,14 +89,15 @@ def _probe(model: Any, record: Model, backend: Backend, *, native: bool) -> str 
         found = output.logits if hasattr(output, "logits") else output.last_hidden_state
         return {node.id or "": found[0].float()[slice(*span)] for node, span in prompt.spans.items()}
 
+    check_not_in_use(record, str(backend.implementation) if native else OURS)
     try:
         with probing(model):
-            base = logits(sample.prompt())
-            swapped = logits(sample.prompt(swap=True))
-            moved = logits(sample.prompt(gap=5))
-            unrelated = logits(sample.changed("other").prompt())
-            related = logits(sample.changed("left").prompt())
-    except (InUse, torch.OutOfMemoryError):
+            base = logits(sample(tokens))
+            swapped = logits(sample(tokens, swap=True))
+            moved = logits(sample(tokens, gap=5))
+            unrelated = logits(sample(changed("other")))
+            related = logits(sample(changed("left")))
+    except torch.OutOfMemoryError:
         raise
     except BackendError as error:
         return str(error)

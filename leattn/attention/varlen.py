@@ -13,16 +13,18 @@ Shapes: B rows, H query heads, G key heads, Q queries of a row, K keys, T tokens
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple, TypeAlias
+from types import SimpleNamespace
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from leattn.attention.kernels import needs_gradient
+from leattn.attention.kernels import needs_gradient, select
 from leattn.errors import BackendError
-from leattn.prompt.columns import Stretch
+from leattn.prompt.columns import Stretch, columns_in
 from leattn.prompt.visible import Run
 
 GATHERED = 1 << 16
@@ -30,6 +32,15 @@ GATHERED = 1 << 16
 
 Kernel: TypeAlias = Callable[..., Any]
 """``torch.nn.attention.varlen.varlen_attn``, or what behaves like it."""
+
+Sequences: TypeAlias = tuple[torch.Tensor, int]
+"""Where each sequence begins and the last ends, ``[N + 1]`` int32, and the longest one's tokens."""
+
+Sharers: TypeAlias = tuple[int, int, int, tuple[Run, ...]]
+"""Queries ``start`` to ``stop`` of ``[T, …]`` in a row, which all see the same intervals."""
+
+LSE = SimpleNamespace(lse=True)
+"""As ``torch.nn.attention.varlen.AuxRequest``, whose import loads torch's compiler."""
 
 
 def kernel_for(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Kernel | None:
@@ -57,31 +68,6 @@ def _installed(device: torch.device) -> Kernel | None:
     return varlen_attn if {"return_aux", "scale", "window_size", "enable_gqa"} <= known.keys() else None
 
 
-class Sequences(NamedTuple):
-    """Sequences side by side: ``offsets`` ``[N + 1]`` int32, where each begins and the last ends, and the longest's tokens."""
-
-    offsets: torch.Tensor
-    longest: int
-
-
-class Seen(NamedTuple):
-    """What some queries see whole: indices into queries ``[T, …]`` and into keys ``[B, K, …]``, and how both are cut."""
-
-    queries: slice | torch.Tensor
-    keys: tuple[int | torch.Tensor, slice | torch.Tensor]
-    query_cuts: Sequences
-    key_cuts: Sequences
-
-
-class _Sharers(NamedTuple):
-    """Queries ``start`` to ``stop`` of ``[T, …]``, which all see ``runs`` of one row."""
-
-    start: int
-    stop: int
-    row: int
-    runs: tuple[Run, ...]
-
-
 class Packed:
     """The stretches of one forward as sequences side by side, made once for all layers.
 
@@ -97,21 +83,20 @@ class Packed:
 
     def __init__(self, stretches: Sequence[Sequence[Stretch]], repeats: int, queries: range, device: torch.device) -> None:
         self.columns = slice(queries.start, queries.stop)
-        edges: list[int] = []
-        sharers: list[_Sharers] = []
+        length, edges = len(queries), [0, repeats * len(stretches) * len(queries)]
+        sharers: list[Sharers] = []
         for row, those in enumerate(those for those in stretches for _ in range(repeats)):
-            shift = row * len(queries) - queries.start
-            edges.append(shift + queries.start)
+            shift = row * length - queries.start
+            edges.append(row * length)
             for stretch in those:
                 start, stop = shift + stretch.start, shift + stretch.stop
                 edges += [start, stop]
                 if sharers and sharers[-1][1:] == (start, row, stretch.seen):
-                    sharers[-1] = sharers[-1]._replace(stop=stop)
+                    sharers[-1] = (sharers[-1][0], stop, row, stretch.seen)
                 elif stretch.seen:
-                    sharers.append(_Sharers(start, stop, row, stretch.seen))
-        edges.append(repeats * len(stretches) * len(queries))
-        self.own = _sequences(np.diff(np.unique(edges)), device)
-        self.seen = [_seen(part, device) for part in _portions(sharers)]
+                    sharers.append((start, stop, row, stretch.seen))
+        self.own = sequences(np.diff(np.unique(edges)), device)
+        self.seen = [_call_of(part, device) for part in _portions(sharers)]
 
     def attention(
         self, kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
@@ -124,26 +109,18 @@ class Packed:
             The kernel's log-sum-exp has another shape than expected.
         """
         rows, heads, length, head = query.shape
-        queries = query.transpose(1, 2).reshape(-1, heads, head)
+        queries = query.transpose(1, 2).reshape(-1, heads, head)  # [T, H, D]
         keys, values = key.transpose(1, 2), value.transpose(1, 2)  # [B, K, G, D]
-        own_keys, own_values = (x[:, self.columns].flatten(0, 1) for x in (keys, values))
-        output, lse = _call(kernel, queries, own_keys, own_values, self.own, self.own, scaling, causal=True)
-        for seen in self.seen:
-            theirs, theirs_lse = _call(
-                kernel, queries[seen.queries], keys[seen.keys], values[seen.keys], seen.query_cuts, seen.key_cuts, scaling
-            )
-            share = torch.sigmoid(theirs_lse - lse[seen.queries]).to(output.dtype)
-            output[seen.queries] = torch.lerp(output[seen.queries], theirs, share)
+        own_keys, own_values = (x[:, self.columns].flatten(0, 1) for x in (keys, values))  # [T, G, D]
+        output, lse = call(kernel, queries, own_keys, own_values, self.own, self.own, scaling, causal=True)
+        for those, columns, query_cuts, key_cuts in self.seen:
+            theirs, theirs_lse = call(kernel, queries[those], keys[columns], values[columns], query_cuts, key_cuts, scaling)
+            share = torch.sigmoid(theirs_lse - lse[those]).to(output.dtype)
+            output[those] = torch.lerp(output[those], theirs, share)
         return output.view(rows, length, heads, head)
 
 
-class _Aux(NamedTuple):
-    """As ``torch.nn.attention.varlen.AuxRequest``, whose import loads torch's compiler."""
-
-    lse: bool
-
-
-def _call(
+def call(
     kernel: Kernel,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -155,19 +132,11 @@ def _call(
     causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Query ``[T, H, D]`` over key and value ``[·, G, D]`` → output ``[T, H, D]`` and log-sum-exp ``[T, H, 1]`` in fp32."""
-    output, lse = kernel(
-        query,
-        key,
-        value,
-        query_cuts.offsets,
-        key_cuts.offsets,
-        query_cuts.longest,
-        key_cuts.longest,
-        return_aux=_Aux(lse=True),
-        scale=scaling,
-        window_size=(-1, 0) if causal else (-1, -1),
-        enable_gqa=True,
-    )
+    (query_offsets, most_queries), (key_offsets, most_keys) = query_cuts, key_cuts
+    windows = (-1, 0) if causal else (-1, -1)
+    lengths = (query_offsets, key_offsets, most_queries, most_keys)
+    options = {"return_aux": LSE, "scale": scaling, "window_size": windows, "enable_gqa": True}
+    output, lse = kernel(query, key, value, *lengths, **options)
     # torch documents [T, H], but its kernel and what it registers for tracing give [H, T].
     expected = [query.shape[1], query.shape[0]]
     if list(lse.shape) != expected:
@@ -178,47 +147,37 @@ def _call(
     return output, lse.float().transpose(0, 1)[..., None]
 
 
-def _size(runs: Sequence[Run]) -> int:
-    return sum(stop - start for start, stop in runs)
+def sequences(lengths: Sequence[int] | npt.NDArray[Any], device: torch.device) -> Sequences:
+    """Sequences of these lengths side by side."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return torch.from_numpy(offsets).to(device), int(max(lengths))
 
 
-def _portions(sharers: Iterable[_Sharers]) -> list[list[_Sharers]]:
+def _portions(sharers: Sequence[Sharers]) -> list[list[Sharers]]:
     """In order, and in as few parts as gather ``GATHERED`` keys each."""
-    parts: list[list[_Sharers]] = []
+    parts: list[list[Sharers]] = []
     keys = GATHERED
     for one in sharers:
-        keys += _size(one.runs)
-        if keys > GATHERED:
+        size = _size(one)
+        if keys + size > GATHERED:
             parts.append([])
-            keys = _size(one.runs)
+            keys = 0
         parts[-1].append(one)
+        keys += size
     return parts
 
 
-def _seen(sharers: Sequence[_Sharers], device: torch.device) -> Seen:
-    """One call's worth; indices are slices, which copy nothing, where tokens lie side by side."""
-    queries = np.concatenate([np.arange(one.start, one.stop) for one in sharers])
-    columns = np.concatenate([np.arange(start, stop) for one in sharers for start, stop in one.runs])
-    lengths = [_size(one.runs) for one in sharers]
-    rows = {one.row for one in sharers}
-    row: int | torch.Tensor = sharers[0].row
-    if len(rows) > 1:
-        row = torch.from_numpy(np.repeat([one.row for one in sharers], lengths)).to(device)
-    return Seen(
-        _index(queries, device),
-        (row, _index(columns, device) if len(rows) == 1 else torch.from_numpy(columns).to(device)),
-        _sequences([one.stop - one.start for one in sharers], device),
-        _sequences(lengths, device),
-    )
+def _call_of(sharers: Sequence[Sharers], device: torch.device) -> tuple[Any, Any, Sequences, Sequences]:
+    """Indices of queries ``[T, …]`` and keys ``[B, K, …]``, and how both are cut; slices where possible."""
+    queries = select(columns_in([(start, stop) for start, stop, _, _ in sharers]), device)
+    columns = np.concatenate([columns_in(runs) for _, _, _, runs in sharers])  # not ascending: several may see the same
+    lengths = [_size(one) for one in sharers]
+    keys: tuple[Any, Any] = (sharers[0][2], select(columns, device))
+    if len({row for _, _, row, _ in sharers}) > 1:
+        rows = np.repeat([row for _, _, row, _ in sharers], lengths)
+        keys = torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)
+    return queries, keys, sequences([stop - start for start, stop, _, _ in sharers], device), sequences(lengths, device)
 
 
-def _index(tokens: np.ndarray[Any, np.dtype[np.int64]], device: torch.device) -> slice | torch.Tensor:
-    first, last = int(tokens[0]), int(tokens[-1]) + 1
-    if (np.diff(tokens) == 1).all():
-        return slice(first, last)
-    return torch.from_numpy(tokens).to(device)
-
-
-def _sequences(lengths: Sequence[int] | np.ndarray[Any, Any], device: torch.device) -> Sequences:
-    offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-    return Sequences(offsets.to(device), int(max(lengths)))
+def _size(sharers: Sharers) -> int:
+    return sum(stop - start for start, stop in sharers[3])

@@ -1,8 +1,9 @@
-"""One text that is being written: its tokens, when it ends, and what of it can be shown already."""
+"""One text that is being written: how its tokens are chosen, when it ends, and what of it can be shown already."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -10,7 +11,24 @@ Decode = Callable[[Sequence[int]], str]
 
 
 class Branch:
-    """The tokens of a written node after its header.
+    """A text that is being written, and how its next tokens are chosen.
+
+    Its draws come from a generator of its own, so that what its neighbours do never changes them.
+
+    Parameters
+    ----------
+    limit
+        How many tokens it gets at most.
+    ends
+        The ids that end it.
+    stop
+        The strings that end it.
+    seen
+        ``[1, n]``, the ids that logits processors see in front of its own.
+    processors
+        What changes scores ``[1, V]`` before a choice.
+    criteria
+        The caller's stopping criteria.
 
     Attributes
     ----------
@@ -21,13 +39,43 @@ class Branch:
     finished : bool
     """
 
-    def __init__(self, name: str, *, limit: int, ends: frozenset[int], stop: Sequence[str], decode: Decode) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        limit: int,
+        ends: frozenset[int],
+        stop: Sequence[str],
+        decode: Decode,
+        seen: torch.Tensor,
+        processors: Any,
+        criteria: Sequence[Any],
+        do_sample: bool,
+        seed: int,
+    ) -> None:
         self.name = name
         self.ids: list[int] = []
         self.text = ""
         self.finished = limit == 0
         self._limit, self._ends, self._stop, self._decode = limit, ends, tuple(stop), decode
+        self._seen, self._processors, self._criteria, self._do_sample = seen, processors, criteria, do_sample
+        self._generator = torch.Generator(seen.device).manual_seed(seed)
         self._shown = 0
+
+    def choose(self, logits: torch.Tensor, likeliest: int | None = None) -> None:
+        """Go on with a token chosen from logits ``[V]``; ``likeliest`` is the largest one's, where it is known."""
+        if likeliest is not None and not (self._do_sample or self._processors or self._criteria):
+            self.accept(likeliest)
+            return
+        scores = self._processors(self._seen, logits[None].to(torch.float32, copy=True))
+        if self._do_sample:
+            token = torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
+        else:
+            token = scores.argmax(-1, keepdim=True)
+        self._seen = torch.cat([self._seen, token], 1)
+        self.accept(int(token))
+        if not self.finished and any(bool(torch.as_tensor(stops(self._seen, scores)).any()) for stops in self._criteria):
+            self.finish()
 
     def accept(self, token: int) -> None:
         """The next token was chosen."""

@@ -15,7 +15,7 @@ from leattn.errors import LeattnError
 from leattn.generation.program import is_program
 from leattn.generation.result import Generation
 from leattn.generation.sink import continue_sinks
-from leattn.generation.together import OnInterrupt, ProgramOptions, write_together
+from leattn.generation.together import OnInterrupt, write_together
 from leattn.kv.store import KVStore
 from leattn.prompt.compile import CompiledPrompt, as_graph, compile_prompt
 from leattn.prompt.positions import Positions, scheme_of
@@ -134,7 +134,12 @@ def generate(
             tokenizer = graph.tokenizer
         prompts.append(graph)
 
-    options = ProgramOptions(streamer, on_finished, progress, token_budget, on_interrupt)
+    for_programs = {
+        "on_finished": on_finished,
+        "progress": progress,
+        "token_budget": token_budget,
+        "on_interrupt": on_interrupt,
+    }
     if any(is_program(prompt) for prompt in prompts) or (kv_store is not None and len(prompts) > 1):
         results = write_together(
             model,
@@ -145,12 +150,14 @@ def generate(
             backend=backend,
             kv_store=kv_store,
             seed=seed,
-            options=options,
+            streamer=streamer,
             config=hf_generate_kwargs,
+            **for_programs,  # type: ignore[arg-type]
         )
     else:
-        for name in options.only_for_programs:
-            raise LeattnError(f"{name} is for programs; a graph with one sink and no GenNode is continued by transformers")
+        for name, value in for_programs.items():
+            if value not in (None, False, "raise"):
+                raise LeattnError(f"{name} is for programs; a graph with one sink and no GenNode is continued by transformers")
         if streamer is not None:
             hf_generate_kwargs["streamer"] = streamer
         single = [prompt for prompt in prompts if isinstance(prompt, CompiledPrompt)]

@@ -38,12 +38,18 @@ class Unit:
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
 class Program:
-    """Units in an order in which each comes after those it sees, and the visible relation over them."""
+    """Units in an order in which each comes after those it sees, and the visible relation. Targets are added first."""
 
-    units: tuple[Unit, ...]
-    visible: Visible
+    def __init__(self) -> None:
+        self.units: list[Unit] = []
+        self._runs: list[tuple[Run, ...]] = []
+        self._known: dict[tuple[ICLNode, int | None, tuple[Run, ...]], int] = {}
+
+    @cached_property
+    def visible(self) -> Visible:
+        """Which units each unit sees."""
+        return Visible(tuple(self._runs))
 
     @cached_property
     def sees(self) -> tuple[tuple[int, ...], ...]:
@@ -84,53 +90,6 @@ class Program:
                 found.setdefault(unit.follows, []).append(i)
         return {i: tuple(those) for i, those in found.items()}
 
-
-@dataclass(frozen=True)
-class Part:
-    """One target within a program: the unit of each of its nodes, in layout order, and of what is written for it, by name."""
-
-    graph: ICLGraph
-    prompt: CompiledPrompt | None
-    units: tuple[int, ...]
-    branches: Mapping[str, int]
-
-
-def is_program(target: CompiledPrompt | ICLGraph) -> bool:
-    """Whether this takes more than continuing one sink: several sinks, or nodes that the model writes."""
-    graph = target.graph if isinstance(target, CompiledPrompt) else target
-    return len(graph.sinks) > 1 or any(isinstance(node, GenNode) for node in graph.nodes)
-
-
-def build(
-    targets: Sequence[CompiledPrompt | ICLGraph],
-    tokenizer: Any,
-    *,
-    positions: Positions = "after_parents",
-    visibility: Visibility = "parents",
-) -> tuple[Program, list[Part]]:
-    """One program of all targets. A graph is one with nodes to write; what has none comes compiled.
-
-    Raises
-    ------
-    LeattnError
-        Positions that depend on lengths which are not known yet.
-    """
-    builder = _Builder()
-    parts = [
-        builder.add_prompt(target)
-        if isinstance(target, CompiledPrompt)
-        else builder.add_graph(target, tokenizer, positions, visibility)
-        for target in targets
-    ]
-    return Program(tuple(builder.units), Visible(tuple(builder.runs))), parts
-
-
-class _Builder:
-    def __init__(self) -> None:
-        self.units: list[Unit] = []
-        self.runs: list[tuple[Run, ...]] = []
-        self.known: dict[tuple[ICLNode, int | None, tuple[Run, ...]], int] = {}
-
     def add_graph(self, graph: ICLGraph, tokenizer: Any, positions: Positions, visibility: Visibility) -> Part:
         scheme = scheme_of(positions)
         if not scheme.known_before_writing:
@@ -155,7 +114,7 @@ class _Builder:
                 unit = replace(unit, writes=True, max_new_tokens=limit, stop=stop, sampling=sampling)
                 branches[name] = i
             place.append(self._unit(node, unit, mapped))
-        return Part(graph, None, tuple(place), {name: place[i] for name, i in branches.items()})
+        return Part(graph, None, {name: place[i] for name, i in branches.items()})
 
     def add_prompt(self, prompt: CompiledPrompt) -> Part:
         """All sinks go on: each gets a continuation, which sees the sink and what that sees."""
@@ -172,8 +131,8 @@ class _Builder:
             follows = place[i]
             branches[graph.names[sink]] = len(self.units)
             self.units.append(Unit(graph.names[sink], (), positions[offsets[i + 1] - 1] + 1, writes=True, follows=follows))
-            self.runs.append(merge([*self.runs[follows], (follows, follows + 1)]))
-        return Part(graph, prompt, tuple(place), branches)
+            self._runs.append(merge([*self._runs[follows], (follows, follows + 1)]))
+        return Part(graph, prompt, branches)
 
     def _end(self, i: int) -> int | None:
         unit = self.units[i]
@@ -181,11 +140,50 @@ class _Builder:
 
     def _unit(self, node: ICLNode, unit: Unit, runs: tuple[Run, ...]) -> int:
         """The index of this unit: the one at hand if another target has the same node, seeing the same, in the same place."""
-        known = self.known.setdefault((node, unit.start, runs), len(self.units))
+        known = self._known.setdefault((node, unit.start, runs), len(self.units))
         if known == len(self.units):
             self.units.append(unit)
-            self.runs.append(runs)
+            self._runs.append(runs)
         return known
+
+
+@dataclass(frozen=True)
+class Part:
+    """One target within a program, and the unit of everything that is written for it, by name."""
+
+    graph: ICLGraph
+    prompt: CompiledPrompt | None
+    branches: Mapping[str, int]
+
+
+def is_program(target: CompiledPrompt | ICLGraph) -> bool:
+    """Whether this takes more than continuing one sink: several sinks, or nodes that the model writes."""
+    graph = target.graph if isinstance(target, CompiledPrompt) else target
+    return len(graph.sinks) > 1 or any(isinstance(node, GenNode) for node in graph.nodes)
+
+
+def build(
+    targets: Sequence[CompiledPrompt | ICLGraph],
+    tokenizer: Any,
+    *,
+    positions: Positions = "after_parents",
+    visibility: Visibility = "parents",
+) -> tuple[Program, list[Part]]:
+    """One program of all targets. A graph is one with nodes to write; what has none comes compiled.
+
+    Raises
+    ------
+    LeattnError
+        Positions that depend on lengths which are not known yet.
+    """
+    program = Program()
+    parts = [
+        program.add_prompt(target)
+        if isinstance(target, CompiledPrompt)
+        else program.add_graph(target, tokenizer, positions, visibility)
+        for target in targets
+    ]
+    return program, parts
 
 
 def _mapped(runs: Sequence[Run], place: Sequence[int]) -> tuple[Run, ...]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
 from leattn.errors import LeattnError
+from leattn.generation.branch import Branch, Decode
 
 ONE_SEQUENCE = {
     "num_beams": 1,
@@ -33,53 +34,6 @@ ONE_SEQUENCE = {
     "max_time": 0,
 }
 """What generation configs hold that is about one sequence alone, with the value that asks for nothing."""
-
-
-class Chooser:
-    """Picks tokens of one branch. ``prompt_ids`` ``[1, n]`` is what the processors see in front of its own."""
-
-    def __init__(
-        self,
-        model: Any,
-        config: GenerationConfig,
-        prompt_ids: torch.Tensor,
-        processors: list[Any],
-        criteria: list[Any],
-        seed: int,
-    ) -> None:
-        self.ids = prompt_ids
-        self.criteria = criteria
-        self.do_sample = bool(config.do_sample)
-        self.processors = model._get_logits_processor(
-            generation_config=config,
-            input_ids_seq_length=prompt_ids.shape[1],
-            encoder_input_ids=prompt_ids,
-            prefix_allowed_tokens_fn=None,
-            logits_processor=processors,
-            device=prompt_ids.device,
-            model_kwargs={},
-        )
-        self.generator = torch.Generator(prompt_ids.device).manual_seed(seed)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the likeliest token is taken, whatever came before."""
-        return not self.do_sample and not self.processors and not self.criteria
-
-    def choose(self, logits: torch.Tensor) -> int:
-        """The next token, from logits ``[V]``."""
-        scores = self.processors(self.ids, logits[None].to(torch.float32, copy=True))
-        if self.do_sample:
-            token = torch.multinomial(scores.softmax(-1), 1, generator=self.generator)
-        else:
-            token = scores.argmax(-1, keepdim=True)
-        self.ids = torch.cat([self.ids, token], 1)
-        self.scores = scores
-        return int(token)
-
-    def wants_to_stop(self) -> bool:
-        """Whether one of the caller's stopping criteria says so."""
-        return any(bool(torch.as_tensor(criterion(self.ids, self.scores)).any()) for criterion in self.criteria)
 
 
 class Sampling:
@@ -120,10 +74,32 @@ class Sampling:
             self._configs[key] = config
         return self._configs[key]
 
-    def chooser(self, own: Mapping[str, Any], prompt_ids: list[int], seed: int) -> Chooser:
-        """What picks the tokens of a branch that starts now."""
-        ids = torch.tensor([prompt_ids], dtype=torch.long, device=self.device)
-        return Chooser(self.model, self.config(own), ids, self.processors, self.criteria, seed)
+    def branch(
+        self, name: str, own: Mapping[str, Any], seen: list[int], *, limit: int, stop: Sequence[str], decode: Decode, seed: int
+    ) -> Branch:
+        """A branch that starts now; ``own`` are its own options, ``seen`` the ids that processors see in front of it."""
+        config, ids = self.config(own), torch.tensor([seen], dtype=torch.long, device=self.device)
+        processors = self.model._get_logits_processor(
+            generation_config=config,
+            input_ids_seq_length=ids.shape[1],
+            encoder_input_ids=ids,
+            prefix_allowed_tokens_fn=None,
+            logits_processor=list(self.processors),
+            device=ids.device,
+            model_kwargs={},
+        )
+        return Branch(
+            name,
+            limit=limit,
+            ends=self.ends(own),
+            stop=stop,
+            decode=decode,
+            seen=ids,
+            processors=processors,
+            criteria=self.criteria,
+            do_sample=bool(config.do_sample),
+            seed=branch_seed(seed, name),
+        )
 
     def ends(self, own: Mapping[str, Any]) -> frozenset[int]:
         """The ids that end a branch."""

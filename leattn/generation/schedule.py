@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from leattn.generation.branch import Branch, Decode
-from leattn.generation.sampling import Chooser, Sampling, Streamer, branch_seed
+from leattn.generation.sampling import Sampling, Streamer
 from leattn.generation.session import Feed, Session
 
 COMPACT = 4096
@@ -38,7 +38,6 @@ class Schedule:
         self.seed, self.decode, self.budget = seed, decode, token_budget
         self.streamer, self.on_finished = streamer, on_finished
         self.branches: dict[int, Branch] = {}
-        self._choosers: dict[int, Chooser] = {}
         self._running: list[int] = []
         self._compact_at = COMPACT
         written = self.program.written
@@ -99,7 +98,7 @@ class Schedule:
         last = -1
         for feed in feeds:
             last += len(feed.ids)
-            branches = self._starting(feed.unit) if feed.is_last else [feed.unit] if feed.unit in self._choosers else []
+            branches = self._starting(feed.unit) if feed.is_last else [feed.unit] if self._is_running(feed.unit) else []
             if branches:
                 rows.append(last)
                 speaking.append(branches)
@@ -109,14 +108,14 @@ class Schedule:
             for i in branches:
                 self._go_on(i, logits[row], likeliest[row])
 
+    def _is_running(self, i: int) -> bool:
+        return i in self.branches and not self.branches[i].finished
+
     def _go_on(self, i: int, logits: torch.Tensor, likeliest: int) -> None:
         """The next token of a branch, from logits ``[V]``."""
         branch = self.branches.get(i) or self._begin(i)
-        chooser = self._choosers[i]
         if not branch.finished:
-            branch.accept(likeliest if chooser.is_plain else chooser.choose(logits))
-        if not branch.finished and chooser.wants_to_stop():
-            branch.finish()
+            branch.choose(logits, likeliest)
         if self.streamer is not None and (piece := branch.new_text()):
             self.streamer(branch.name, piece)
         if branch.finished:
@@ -126,13 +125,15 @@ class Schedule:
         """A branch whose first token comes now."""
         unit = self.program.units[i]
         before = [token for j in (*self.program.upwards(i), i) for token in self.work.ids[j]]
-        self._choosers[i] = self.sampling.chooser(unit.sampling, before, branch_seed(self.seed, unit.name))
-        self.branches[i] = Branch(
+        limit = unit.max_new_tokens
+        self.branches[i] = self.sampling.branch(
             unit.name,
-            limit=self.sampling.limit(unit.sampling, len(before)) if unit.max_new_tokens is None else unit.max_new_tokens,
-            ends=self.sampling.ends(unit.sampling),
+            unit.sampling,
+            before,
+            limit=self.sampling.limit(unit.sampling, len(before)) if limit is None else limit,
             stop=(*unit.stop, *self.sampling.stop),
             decode=self.decode,
+            seed=self.seed,
         )
         self._running.append(i)
         return self.branches[i]
@@ -141,7 +142,6 @@ class Schedule:
         """A branch is complete: what waited for it alone can start."""
         branch = self.branches[i]
         self._running.remove(i)
-        del self._choosers[i]
         self.work.complete(i, branch.ids)
         self.on_finished(branch.name, branch.text)
         for j in self._dependents[i]:

@@ -18,10 +18,13 @@ import torch
 from leattn.attention.attend import block_for
 from leattn.attention.block import Block, follow, innermost
 from leattn.attention.request import Backend
-from leattn.errors import BackendError
+from leattn.errors import BackendError, LeattnError
 from leattn.generation.program import Program
-from leattn.kv.node import NodeKV
-from leattn.kv.reuse import Reuse
+from leattn.kv.certify import certificate
+from leattn.kv.fingerprint import fingerprint
+from leattn.kv.keys import node_key
+from leattn.kv.node import NodeKV, node_kv
+from leattn.kv.rotary import shifted
 from leattn.kv.store import KVStore
 from leattn.model.cache import Arena
 from leattn.model.record import Model
@@ -61,10 +64,20 @@ def session(
             "block first (what a program wrote compiles, as result.realised, to a prompt to intervene on)"
         )
     record.facts.check_token(*max((max(unit.ids, default=0), unit.name) for unit in program.units))
-    reuse = None if kv_store is None else Reuse(model, record, kv_store)
+    if kv_store is not None:
+        check_store(model, kv_store)
     columns = Columns([Row(program.visible)], record.device)
     with follow(block_for(model, record, columns, backend)) as block, torch.no_grad():
-        yield Session(model, program, block, reuse)
+        yield Session(model, program, block, kv_store)
+
+
+def check_store(model: Any, store: KVStore) -> None:
+    """Refuse what is no store, and a model whose keys and values cannot be used again."""
+    if not isinstance(store, KVStore):
+        raise LeattnError(f"kv_store is a leattn.KVStore, not {store!r}; make one with leattn.KVStore(max_bytes=...)")
+    reason = certificate(model).reuse
+    if reason is not None:
+        raise BackendError(f"kv_store cannot serve {type(model).__name__}: {reason}")
 
 
 class Session:
@@ -84,8 +97,10 @@ class Session:
         Tokens that went through the model, and tokens whose keys and values came from the store.
     """
 
-    def __init__(self, model: Any, program: Program, block: Block, reuse: Reuse | None) -> None:
-        self.model, self.program, self.block, self.reuse = model, program, block, reuse
+    def __init__(self, model: Any, program: Program, block: Block, store: KVStore | None) -> None:
+        self.model, self.program, self.block, self.store = model, program, block, store
+        if store is not None:
+            self._fingerprint, self._shifts = fingerprint(model), certificate(model).shift is None
         (self.row,) = block.columns.rows
         # Room for all contents and headers and a few tokens of each branch; more comes when it runs out.
         self.arena = Arena(sum(len(unit.ids) + 64 * unit.writes for unit in program.units))
@@ -126,10 +141,10 @@ class Session:
                 continue
             self._placed[i] = True
             entry = None
-            if self.reuse is not None and i not in compute and not self.program.units[i].writes:
-                entry = self.reuse.take(self._key(i), self.start(i))
+            if self.store is not None and i not in compute and not self.program.units[i].writes:
+                entry = self.store.get(self._key(i))
             if entry is not None:
-                loads.append((i, entry))
+                loads.append((i, shifted(self.model, entry.to(self.block.columns.device), self.start(i))))
                 continue
             missing.append(i)
             stack += [j for j in self.program.sees[i] if j not in met]
@@ -197,14 +212,14 @@ class Session:
 
     def is_stored(self, i: int) -> bool:
         """Whether the store has a complete unit."""
-        return self.reuse is not None and self._key(i) in self.reuse.store
+        return self.store is not None and self._key(i) in self.store
 
     def keep(self, i: int, cache: Any = None, columns: torch.Tensor | None = None) -> None:
         """Give the store a unit whose tokens all went through the model: from our cache, or from some columns of another."""
-        if self.reuse is not None and self.ids[i]:
+        if self.store is not None and self.ids[i] and self._key(i) not in self.store:
             if columns is None:
                 cache, columns = self.arena, torch.from_numpy(self.row.columns_of(i))
-            self.reuse.give(self._key(i), cache, columns, self.start(i))
+            self.store.put(self._key(i), node_kv(cache, columns, self.start(i)))
 
     def forget_all_but(self, units: Collection[int]) -> None:
         """Drop the columns of all other units, if that frees at least half of them."""
@@ -232,11 +247,11 @@ class Session:
 
     def _key(self, i: int) -> bytes:
         """The key of a complete unit in the store."""
-        assert self.reuse is not None
         for j in (*self.program.upwards(i), i) if i not in self._keys else ():
             if j not in self._keys:
-                seen = [(self._keys[k], self.start(k)) for k in self.program.sees[j]]
-                self._keys[j] = self.reuse.key(self.ids[j], seen, self.start(j))
+                start = self.start(j)
+                seen = [(self._keys[k], self.start(k) - start) for k in self.program.sees[j]]
+                self._keys[j] = node_key(self._fingerprint, self.ids[j], seen, None if self._shifts else start)
         return self._keys[i]
 
     def _load(self, loads: Sequence[tuple[int, NodeKV]]) -> None:

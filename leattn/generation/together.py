@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -29,33 +28,6 @@ from leattn.prompt.visible import Visibility
 OnInterrupt: TypeAlias = Literal["raise", "return"]
 
 
-@dataclass(frozen=True)
-class ProgramOptions:
-    """What ``generate`` takes for programs alone."""
-
-    streamer: Streamer | None = None
-    on_finished: Callable[[str, str], None] | None = None
-    progress: bool = False
-    token_budget: int | None = None
-    on_interrupt: OnInterrupt = "raise"
-
-    @property
-    def only_for_programs(self) -> list[str]:
-        """The options that were given and that one sink does not have: all but the streamer."""
-        return [one.name for one in fields(self) if one.name != "streamer" and getattr(self, one.name) != one.default]
-
-    def check(self) -> None:
-        if self.streamer is not None and (hasattr(self.streamer, "put") or not callable(self.streamer)):
-            raise LeattnError(
-                "several branches are written at once, so the streamer is a function (node id, text piece), not "
-                f"{type(self.streamer).__name__}; for example streamer=lambda node, piece: print(node, piece)"
-            )
-        if self.token_budget is not None and self.token_budget < 1:
-            raise LeattnError(f"token_budget={self.token_budget!r}; give the tokens a step may feed at most, from 1 up")
-        if self.on_interrupt not in ("raise", "return"):
-            raise LeattnError(choices("on_interrupt", self.on_interrupt, ("raise", "return")))
-
-
 def write_together(
     model: Any,
     targets: Sequence[CompiledPrompt | ICLGraph],
@@ -66,11 +38,23 @@ def write_together(
     backend: str | Backend,
     kv_store: KVStore | None,
     seed: int | None,
-    options: ProgramOptions,
+    streamer: Streamer | None,
+    on_finished: Callable[[str, str], None] | None,
+    progress: bool,
+    token_budget: int | None,
+    on_interrupt: OnInterrupt,
     config: Mapping[str, Any],
 ) -> list[Generation]:
     """One generation per target; all of them run in one sequence."""
-    options.check()
+    if streamer is not None and (hasattr(streamer, "put") or not callable(streamer)):
+        raise LeattnError(
+            "several branches are written at once, so the streamer is a function (node id, text piece), not "
+            f"{type(streamer).__name__}; for example streamer=lambda node, piece: print(node, piece)"
+        )
+    if token_budget is not None and token_budget < 1:
+        raise LeattnError(f"token_budget={token_budget!r}; give the tokens a step may feed at most, from 1 up")
+    if on_interrupt not in ("raise", "return"):
+        raise LeattnError(choices("on_interrupt", on_interrupt, ("raise", "return")))
     program, parts = build(targets, tokenizer, positions=positions, visibility=visibility)
     record = Model.of(model)
     sampling = Sampling(model, config, record.device)
@@ -82,12 +66,12 @@ def write_together(
     record.facts.check_last_position(last, f"the last position may be {last}")
     if seed is None:
         seed = int(torch.randint(2**62, ()))  # so that torch.manual_seed is honoured
-    bar = tqdm(total=len(program.written), unit="node", disable=not options.progress)
+    bar = tqdm(total=len(program.written), unit="node", disable=not progress)
 
     def finished(name: str, text: str) -> None:
         bar.update()
-        if options.on_finished is not None:
-            options.on_finished(name, text)
+        if on_finished is not None:
+            on_finished(name, text)
 
     started = time.perf_counter()
     complete = True
@@ -97,15 +81,15 @@ def write_together(
             sampling,
             seed=seed,
             decode=decoder(tokenizer),
-            token_budget=options.token_budget,
-            streamer=options.streamer,
+            token_budget=token_budget,
+            streamer=streamer,
             on_finished=finished,
         )
         try:
             for _ in run.steps():
                 bar.set_postfix(tokens=work.computed, refresh=False)
         except KeyboardInterrupt:
-            if options.on_interrupt == "raise":
+            if on_interrupt == "raise":
                 raise
             run.break_off()
             complete = False

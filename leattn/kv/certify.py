@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from leattn.attention.attend import prepare
 from leattn.attention.block import follow
-from leattn.attention.probe import Sample
+from leattn.attention.probe import sample, sample_tokens
 from leattn.errors import BackendError, LeattnWarning
 from leattn.kv.node import NodeKV, node_kv
 from leattn.model.record import Model, probing
@@ -63,53 +63,55 @@ def certificate(model: Any) -> Certificate:
 
 
 def _certify(model: Any, record: Model) -> Certificate:
-    graph = Sample.draw(record.facts.vocabulary)
+    tokens = sample_tokens(record.facts.vocabulary)
     try:
-        cold = _run(model, record, graph.prompt())
-        swapped = _run(model, record, graph.prompt(swap=True))
+        cold, logits = _run(model, record, sample(tokens))
+        swapped, _ = _run(model, record, sample(tokens, swap=True))
         alone: dict[str, NodeKV] = {}
         for name in ("tail", "other", "left", "right"):  # each in a graph that is smaller than the whole one
-            alone.update(_run(model, record, graph.prompt(only=name)).nodes)
+            alone.update(_run(model, record, sample(tokens, only=name))[0])
     except BackendError as error:
         return Certificate(str(error), str(error))
     # What rounding does: another order of the same nodes changes nothing else.
-    noise = max(_largest_difference(swapped.nodes[name], kv) for name, kv in cold.nodes.items())
-    allowed = min(64 * torch.finfo(cold.dtype).eps + 4 * noise, 0.2)
-    worst = max(_largest_difference(kv, cold.nodes[name]) for name, kv in alone.items())
+    noise = max(_largest_difference(swapped[name], kv) for name, kv in cold.items())
+    allowed = min(64 * torch.finfo(cold["root"].keys[0].dtype).eps + 4 * noise, 0.2)
+    worst = max(_largest_difference(kv, cold[name]) for name, kv in alone.items())
     if worst > allowed:
         reason = (
             f"keys and values of a node computed with its ancestors alone differ from those of the whole graph by {worst:.1e} "
             f"({allowed:.1e} is rounding)"
         )
         return Certificate(reason, reason)
-    resumed = _difference(_resume(model, record, graph.prompt(), alone), cold.logits)
+    resumed = _difference(_resume(model, record, sample(tokens), alone), logits[slice(*sample(tokens)["child"].span)])
     if resumed > allowed:
         reason = (
             f"what it computes from stored keys and values differs from a cold run by {resumed:.1e} ({allowed:.1e} is rounding)"
         )
         return Certificate(reason, reason)
-    return _certify_shift(model, record, graph, cold, allowed)
+    return _certify_shift(model, record, tokens, cold, allowed)
 
 
-def _certify_shift(model: Any, record: Model, graph: Sample, cold: _Run, allowed: float) -> Certificate:
+def _certify_shift(
+    model: Any, record: Model, tokens: dict[str, list[int]], cold: dict[str, NodeKV], allowed: float
+) -> Certificate:
     facts = record.facts
     if facts.rope_limit is not None:
         return Certificate(None, "its rotary angles depend on the length of the input (dynamic NTK, longrope)")
     limits = [limit for limit in (facts.position_limit, facts.trained_length) if limit is not None]
-    last = min(limits, default=2 * _OFFSETS[-1]) - len(graph.prompt())
+    last = min(limits, default=2 * _OFFSETS[-1]) - len(sample(tokens))
     starts = sorted(start for start in {*_OFFSETS, last} if 0 < start <= last)
     if not starts:
         return Certificate(None, f"{min(limits)} positions are too few to try it")
-    moved = [_run(model, record, graph.prompt(start=start)).nodes for start in starts]
+    moved = [_run(model, record, sample(tokens, start=start))[0] for start in starts]
     try:
-        possible = [possible_turns(record, layer) for layer in range(len(cold.nodes["root"].keys))]
+        possible = [possible_turns(record, layer) for layer in range(len(cold["root"].keys))]
     except BackendError as error:
         return Certificate(None, str(error))
     turns = []
     for layer, candidates in enumerate(possible):
         best = []
         for part in ("keys", "values"):
-            ways = [(_errors(turn, part, layer, cold.nodes, moved), turn) for turn in (None, *candidates)]
+            ways = [(_errors(turn, part, layer, cold, moved), turn) for turn in (None, *candidates)]
             errors, turn = min(ways, key=lambda way: sum(way[0]))
             best.append(turn)
             for start, off in zip(starts, errors, strict=True):
@@ -123,7 +125,7 @@ def _certify_shift(model: Any, record: Model, graph: Sample, cold: _Run, allowed
                     return Certificate(
                         None,
                         f"{why}: moved by {start} positions, the {part} of layer {layer} are off by {off:.1e} in "
-                        f"{str(cold.dtype).removeprefix('torch.')} ({limit:.1e} is rounding)",
+                        f"{str(cold['root'].keys[0].dtype).removeprefix('torch.')} ({limit:.1e} is rounding)",
                     )
         turns.append((best[0], best[1]))
     return Certificate(None, None, tuple(turns))
@@ -146,32 +148,21 @@ def _moved_difference(turn: Turn | None, stored: torch.Tensor, expected: torch.T
         return _difference(stored, expected)
     steps = torch.arange(stored.shape[1], device=stored.device)
     try:
-        turned = turn.apply(stored[None], turn.angle.between(steps + old, steps + new))[0]
+        turned = turn.apply(stored[None], turn.between(steps + old, steps + new))[0]
     # The functions of some family, called in ways it may not be made for: whatever they raise, this is not the way.
     except Exception:
         return math.inf
     return _difference(turned, expected) if turned.shape == expected.shape else math.inf
 
 
-@dataclass(frozen=True)
-class _Run:
-    """The nodes of a cold run, and the logits of the node ``child``, ``[n, V]``."""
-
-    nodes: dict[str, NodeKV]
-    logits: torch.Tensor
-    dtype: torch.dtype
-
-
-def _run(model: Any, record: Model, prompt: CompiledPrompt) -> _Run:
+def _run(model: Any, record: Model, prompt: CompiledPrompt) -> tuple[dict[str, NodeKV], torch.Tensor]:
+    """The nodes of a cold run, by name, and the logits of all tokens, ``[S, V]``."""
     cache = DynamicCache()
     with follow(prepare(model, record, prompt)) as attention:
         output = model(**attention.inputs, use_cache=True, past_key_values=cache)
-    nodes = {
-        prompt.graph.name(node): node_kv(cache, slice(*span), int(prompt.position_ids[0, span[0]]))
-        for node, span in prompt.spans.items()
-    }
-    dtype = next(kv.keys[0].dtype for kv in nodes.values())
-    return _Run(nodes, _logits(output)[slice(*prompt["child"].span)] if "child" in nodes else _logits(output), dtype)
+    starts = prompt.position_ids[0].tolist()
+    spans = {prompt.graph.name(node): span for node, span in prompt.spans.items()}
+    return {name: node_kv(cache, slice(*span), starts[span[0]]) for name, span in spans.items()}, _logits(output)
 
 
 def _resume(model: Any, record: Model, prompt: CompiledPrompt, stored: dict[str, NodeKV]) -> torch.Tensor:

@@ -27,10 +27,6 @@ _OLD = 24 * 3600.0
 """Seconds after which an unfinished file is nobody's, whoever wrote it."""
 
 
-class DamagedEntry(Exception):
-    """A file that does not hold what its name promises; the message says why. Never leaves the store."""
-
-
 class Directory:
     """One safetensors file per entry, named by its key. Any number of processes may share it; none waits for another."""
 
@@ -76,38 +72,30 @@ class Directory:
         finally:
             unfinished.unlink(missing_ok=True)
 
-    def read(self, key: bytes) -> NodeKV | None:
-        """The entry on the CPU, or None if there is no such file.
-
-        Raises
-        ------
-        DamagedEntry
-            Truncated, altered, or not ours.
-        """
+    def read(self, key: bytes) -> NodeKV | str | None:
+        """The entry on the CPU, None if there is no such file, or what is wrong with it: truncated, altered, not ours."""
         try:
             # Read, not mapped: a mapped file that somebody truncates ends the process.
             data = self.file(key).read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise DamagedEntry(f"it cannot be read: {error}") from error
-        try:
             length = int.from_bytes(data[:8], "little")
             metadata = json.loads(data[8 : 8 + length])["__metadata__"]
             tensors = load(data)
             found = metadata.pop("checksum")
             if metadata != {"format": FORMAT.decode(), "key": key.hex(), "start": metadata["start"]}:
-                raise DamagedEntry("it was not written by this version of leattn for this key")
+                return "it was not written by this version of leattn for this key"
             if found != _checksum(metadata, tensors):
-                raise DamagedEntry("its checksum is wrong")
-            layers = range(len(tensors) // 2)
-            keys, values = ([tensors[f"{part}.{i}"].clone() for i in layers] for part in ("keys", "values"))
-            return NodeKV(tuple(keys), tuple(values), int(metadata["start"]))
-        except DamagedEntry:
-            raise
+                return "its checksum is wrong"
+            keys, values = (
+                tuple(tensors[f"{part}.{i}"].clone() for i in range(len(tensors) // 2)) for part in ("keys", "values")
+            )
+            return NodeKV(keys, values, int(metadata["start"]))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            return f"it cannot be read: {error}"
         # Whatever can be wrong with a file: a header that is no JSON, missing fields, impossible shapes.
         except Exception as error:
-            raise DamagedEntry(f"{type(error).__name__}: {error}") from error
+            return f"{type(error).__name__}: {error}"
 
     def set_aside(self, key: bytes) -> None:
         """Rename a damaged file to ``….damaged``, where nobody looks for it."""

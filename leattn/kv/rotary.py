@@ -10,7 +10,7 @@ import torch
 from leattn.errors import BackendError
 from leattn.kv.certify import certificate
 from leattn.kv.node import NodeKV
-from leattn.model.turns import Angle, Angles, Turn
+from leattn.model.turns import Angles, Turn
 
 
 def shifted(model: Any, kv: NodeKV, start: int) -> NodeKV:
@@ -46,7 +46,7 @@ def shifted(model: Any, kv: NodeKV, start: int) -> NodeKV:
     if certified.shift is not None:
         raise BackendError(f"keys of {type(model).__name__} cannot be moved to other positions: {certified.shift}")
     turns = certified.turns
-    angles: dict[Angle, Angles] = {}
+    angles: dict[Any, Angles] = {}
     steps = torch.arange(len(kv), device=kv.keys[0].device)
     old, new = steps + kv.start, steps + start
 
@@ -58,9 +58,9 @@ def shifted(model: Any, kv: NodeKV, start: int) -> NodeKV:
             if turn is not None:
                 groups.setdefault((turn, tensors[layer].shape), []).append(layer)
         for (turn, _), layers in groups.items():
-            if turn.angle not in angles:
-                angles[turn.angle] = turn.angle.between(old, new)
-            together = turn.apply(torch.stack([tensors[layer] for layer in layers]), angles[turn.angle])
+            if turn.angles not in angles:
+                angles[turn.angles] = turn.between(old, new)
+            together = turn.apply(torch.stack([tensors[layer] for layer in layers]), angles[turn.angles])
             for layer, tensor in zip(layers, together, strict=True):
                 result[layer] = tensor
         return tuple(result)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from leattn.errors import LeattnError, LeattnWarning
-from leattn.kv.disk import DamagedEntry, Directory
+from leattn.kv.disk import Directory
 from leattn.kv.keys import KEY_BYTES
 from leattn.kv.node import NodeKV
 from leattn.table import html_table
@@ -185,18 +185,16 @@ class KVStore:
         """From disk; a damaged file is a warning, and out of the way afterwards."""
         if self._directory is None:
             return None
-        try:
-            return self._directory.read(key)
-        except DamagedEntry as damage:
-            self._directory.set_aside(key)
-            self._count(damaged=1)
-            name = self._directory.file(key).name
-            warnings.warn(
-                f"stored keys and values are damaged and have to be computed again: {name}: {damage}",
-                LeattnWarning,
-                stacklevel=3,
-            )
-            return None
+        entry = self._directory.read(key)
+        if not isinstance(entry, str):
+            return entry
+        self._directory.set_aside(key)
+        self._count(damaged=1)
+        name = self._directory.file(key).name
+        warnings.warn(
+            f"stored keys and values are damaged and have to be computed again: {name}: {entry}", LeattnWarning, stacklevel=3
+        )
+        return None
 
     def _keep(self, key: bytes, kv: NodeKV) -> NodeKV:
         """Take an entry into memory if it fits; the copy to the store's device happens outside of the lock."""

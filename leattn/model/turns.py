@@ -16,20 +16,25 @@ Angles = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Angle:
-    """Where cosines and sines come from: a rotary embedding (of one layer type, where it has several) or a table."""
+class Turn:
+    """One way to turn: by which angles, by the family's own function, on the first or last dimensions of each head, or on all.
 
-    module: torch.nn.Module
-    layer_type: str | None = None
+    ``angles`` are where cosines and sines come from: a rotary embedding (of one layer type, where it has several) or a table.
+    """
+
+    angles: tuple[torch.nn.Module, str | None]
+    function: Callable[..., Any]
+    part: str
 
     def at(self, positions: torch.Tensor) -> Angles:
         """Cosines and sines ``[1, n, W]`` in fp32 at positions ``[n]``."""
-        table = getattr(self.module, "embed_positions", None)
+        module, layer_type = self.angles
+        table = getattr(module, "embed_positions", None)
         if table is not None:
             sin, cos = table[positions][None].float().chunk(2, -1)
             return cos, sin
-        named = {} if self.layer_type is None else {"layer_type": self.layer_type}
-        cos, sin = self.module(torch.zeros(1, device=positions.device), position_ids=positions[None], **named)
+        named = {} if layer_type is None else {"layer_type": layer_type}
+        cos, sin = module(torch.zeros(1, device=positions.device), position_ids=positions[None], **named)
         return cos, sin
 
     def between(self, old: torch.Tensor, new: torch.Tensor) -> Angles:
@@ -37,15 +42,6 @@ class Angle:
         (cos_old, sin_old), (cos_new, sin_new) = self.at(old), self.at(new)
         scale = cos_old.square() + sin_old.square()
         return (cos_old * cos_new + sin_old * sin_new) / scale, (cos_old * sin_new - sin_old * cos_new) / scale
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One way to turn: these angles, by the family's own function, on the first or last dimensions of each head, or on all."""
-
-    angle: Angle
-    function: Callable[..., Any]
-    part: str
 
     def apply(self, tensor: torch.Tensor, angles: Angles) -> torch.Tensor:
         """Turn ``[L, G, n, D]``, in fp32; the same dtype comes back. What is not turned is left as it is, bit by bit."""
@@ -81,16 +77,18 @@ def possible_turns(record: Model, index: int) -> list[Turn]:
     library = vars(sys.modules[type(attention).__module__])
     functions = [library[name] for name in ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave") if name in library]
     return [
-        Turn(angle, function, part)
-        for angle in _angles(record.base, layers, index, attention)
+        Turn(angles, function, part)
+        for angles in _angles(record.base, layers, index, attention)
         for function in functions
         for part in ("all", "first", "last")
     ]
 
 
-def _angles(base: torch.nn.Module, layers: list[torch.nn.Module], index: int, attention: torch.nn.Module) -> Iterator[Angle]:
+def _angles(
+    base: torch.nn.Module, layers: list[torch.nn.Module], index: int, attention: torch.nn.Module
+) -> Iterator[tuple[torch.nn.Module, str | None]]:
     if hasattr(attention, "embed_positions"):
-        yield Angle(attention)
+        yield attention, None
     of_layers = {id(module) for layer in layers for module in layer.modules()}
     shared = [module for module in base.modules() if id(module) not in of_layers]
     types = list(getattr(cast(Any, base).config, "layer_types", None) or ())
@@ -100,6 +98,6 @@ def _angles(base: torch.nn.Module, layers: list[torch.nn.Module], index: int, at
         if "layer_type" in inspect.signature(module.forward).parameters:
             # Its own type first.
             for layer_type in sorted(set(types), key=lambda name: name != types[index]):
-                yield Angle(module, layer_type)
+                yield module, layer_type
         else:
-            yield Angle(module)
+            yield module, None

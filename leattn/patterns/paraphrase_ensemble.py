@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode
 from leattn.errors import LeattnError, choices
-from leattn.generation.branch import Branch, decoder
+from leattn.generation.branch import decoder
 from leattn.generation.program import build
 from leattn.generation.result import Generation, Sequence, Stats
-from leattn.generation.sampling import Sampling, branch_seed
+from leattn.generation.sampling import Sampling
 from leattn.generation.session import Feed, session
 from leattn.kv.store import KVStore
 from leattn.model.record import Model
@@ -178,8 +178,8 @@ def paraphrase_ensemble(
     record.facts.check_last_position(max(ends) + limit, f"the last position may be {max(ends) + limit}")
     if seed is None:
         seed = int(torch.randint(2**62, ()))  # so that torch.manual_seed is honoured
-    chooser = sampling.chooser({}, prompt.input_ids[0].tolist(), branch_seed(seed, NAME))
-    branch = Branch(NAME, limit=limit, ends=sampling.ends({}), stop=sampling.stop, decode=decoder(prompt.tokenizer))
+    before, decode = prompt.input_ids[0].tolist(), decoder(prompt.tokenizer)
+    branch = sampling.branch(NAME, {}, before, limit=limit, stop=sampling.stop, decode=decode, seed=seed)
 
     started = time.perf_counter()
     steps: list[torch.Tensor] = []
@@ -196,10 +196,8 @@ def paraphrase_ensemble(
             top = together.topk(min(KEPT, len(together)))
             steps.append(top.values.exp())
             best.append(top.indices)
-            branch.accept(chooser.choose(together))
+            branch.choose(together)
             bar.update()
-            if not branch.finished and chooser.wants_to_stop():
-                branch.finish()
             if not branch.finished:
                 feeds = [Feed(i, branch.ids[-1:], False) for i in continuations]
                 logprobs = work.step(feeds, range(len(feeds))).logits[0].float().log_softmax(-1)
