@@ -13,7 +13,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 import leattn
 from leattn import ICLGraph, ICLNode, compile_prompt
 from leattn.prompt import masks
-from leattn.prompt.columns import Columns, Row
+from leattn.prompt.columns import Row
+from leattn.prompt.compile import columns_of
 
 LISTS = [
     (f"{part}{side}_num_blocks", f"{part}{side}_indices")
@@ -70,7 +71,7 @@ def test_pairs_and_density_count_the_cells(graph, visibility):
 def test_rows_of_a_padded_batch(batch, visibility, beyond, data):
     """Padding sees itself, the prompt follows the graph, what is generated is a new node after the last one."""
     prompts = [compile_prompt(graph, visibility=visibility) for graph in batch]
-    columns = Columns.of_prompts(prompts, torch.device("cpu"))
+    columns = columns_of(prompts, torch.device("cpu"))
     width = max(map(len, prompts))
     total = width + beyond
     window = data.draw(st.sampled_from([None, 1, 2, 5]))
@@ -95,7 +96,7 @@ def test_rows_of_a_padded_batch(batch, visibility, beyond, data):
 @given(st.lists(graphs(max_nodes=3, max_tokens=3), min_size=1, max_size=2), st.integers(0, 2), st.data())
 def test_mask_mod_of_a_padded_batch(batch, beyond, data):
     prompts = [compile_prompt(graph) for graph in batch]
-    columns = Columns.of_prompts(prompts, torch.device("cpu"))
+    columns = columns_of(prompts, torch.device("cpu"))
     width = max(map(len, prompts))
     total = width + beyond
     window = data.draw(st.sampled_from([None, 1, 3]))

@@ -16,7 +16,8 @@ from leattn.attention.kernels import Group
 from leattn.attention.plan import Mixed, plan
 from leattn.attention.request import Request
 from leattn.attention.sparse import SparseAttention
-from leattn.prompt.columns import Columns, Stretch
+from leattn.prompt.columns import Stretch
+from leattn.prompt.compile import columns_of
 from leattn.prompt.visible import merge
 
 
@@ -40,7 +41,7 @@ def tensors(rows, length, keys, *, heads=4, groups=2, size=8, seed=0):
 
 def check(prompts, first=0, beyond=0, repeats=1, window=None):
     """Compare the columns from ``first`` on, with ``beyond`` generated ones, against dense rows."""
-    columns = Columns.of_prompts(prompts, torch.device("cpu"))
+    columns = columns_of(prompts, torch.device("cpu"))
     stop = columns.width + beyond
     rows = len(prompts) * repeats
     query, key, value = tensors(rows, stop - first, stop)

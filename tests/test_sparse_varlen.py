@@ -17,7 +17,8 @@ from leattn import BackendError, ICLNode, attend, causal, compile_prompt, parall
 from leattn.attention import varlen
 from leattn.attention.request import Backend, Request
 from leattn.attention.sparse import SparseAttention
-from leattn.prompt.columns import Columns, Stretch
+from leattn.prompt.columns import Stretch
+from leattn.prompt.compile import columns_of
 from leattn.prompt.visible import merge
 
 CPU = torch.device("cpu")
@@ -96,7 +97,7 @@ def run(packed, rows, length, keys, mask, *, heads=4, groups=2):
 
 
 def check(prompts, first=0, beyond=0, repeats=1, **heads):
-    columns = Columns.of_prompts(prompts, CPU)
+    columns = columns_of(prompts, CPU)
     stop = columns.width + beyond
     rows = len(prompts) * repeats
     mask = columns.dense(range(first, stop), stop).repeat_interleave(repeats, 0)
@@ -243,7 +244,7 @@ def test_the_real_kernel_does_what_the_emulation_does(dtype):
     """What to run first on a GPU: output and log-sum-exp of every call, causal and not, with grouped heads."""
     documents = parallel([[1] * 70, [1] * 3, [1] * 200, [1]])
     prompts = [compile_prompt(ICLNode([1] * 9, documents)), compile_prompt(ICLNode([1] * 5, documents[::2]))]
-    columns = Columns.of_prompts(prompts, CPU)
+    columns = columns_of(prompts, CPU)
     on_gpu = Request(columns, 2, range(columns.width), columns.width, None, dtype, torch.device("cuda"))
     query, key, value = (torch.randn(2, heads, columns.width, 64, dtype=dtype, device="cuda") for heads in (8, 2, 2))
     real, emulation = varlen.kernel_for(query, key, value), Emulated()

@@ -15,7 +15,7 @@ from leattn.attention.request import Backend, MaskMode, Need, checked_mask
 from leattn.errors import BackendError, LeattnError, choices
 from leattn.model.record import Model
 from leattn.prompt.columns import Columns
-from leattn.prompt.compile import CompiledPrompt
+from leattn.prompt.compile import CompiledPrompt, columns_of
 
 
 @contextmanager
@@ -94,11 +94,12 @@ def prepare(
         raise LeattnError("there is no prompt to attend to; give one or more compiled prompts")
     record.facts.check_tokens(several)
     record.facts.check_positions(several)
-    columns = Columns.of_prompts(several, record.device)
+    columns = columns_of(several, record.device)
     if mask_mode not in ("combine", "replace"):
         raise LeattnError(choices("mask_mode", mask_mode, ("combine", "replace")))
     user = None if mask is None else checked_mask(mask, columns)
     block = block_for(model, record, columns, backend, user)
+    block.prompts = tuple(several)
     block.replaces = user is not None and mask_mode == "replace"
     return block
 
@@ -132,7 +133,7 @@ def block_for(model: Any, record: Model, columns: Columns, backend: str | Backen
         if reason is None:
             native = native or checkpoints
             backends = [one] if native or not is_auto else [one, *(other for other in order if other is not one)]
-            block = Block(record, columns, backends, serves, native=native, needs=frozenset(needs), user=user)
+            block = Block(record, columns, backends, serves=serves, native=native, needs=frozenset(needs), user=user)
             if len(backends) > 1:
                 block.backend = block.decide(block.needs | standing_needs(record))
             return block

@@ -24,6 +24,7 @@ from leattn.errors import BackendError
 from leattn.model import registry
 from leattn.model.record import Model
 from leattn.prompt.columns import Columns
+from leattn.prompt.compile import CompiledPrompt
 
 
 @dataclass(eq=False, repr=False)
@@ -36,6 +37,8 @@ class Block:
 
     Attributes
     ----------
+    prompts
+        What the columns hold; none for a program.
     backends
         Those that may serve, best first: one where the user named it.
     serves
@@ -54,6 +57,7 @@ class Block:
     record: Model
     columns: Columns
     backends: Sequence[Backend]
+    prompts: tuple[CompiledPrompt, ...] = ()
     serves: Callable[[Backend], bool] = lambda _: True
     native: bool = False
     needs: frozenset[Need] = frozenset()
@@ -282,7 +286,7 @@ def _before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
         )
     call = by_name(module, args, kwargs)
     needs = {*block.needs, *standing_needs(record, call.get("output_attentions"))}
-    prepared, block.queries = prepared_call(record, block.columns, call)
+    prepared, block.queries = prepared_call(record, block.columns, block.prompts, call)
     tokens = len(prepared["attention_mask"]) * len(block.queries)
     block.padding_hides = hides_tokens(block.columns, prepared["attention_mask"])
     if block.padding_hides:

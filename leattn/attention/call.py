@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ def by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     return call
 
 
-def prepared_call(record: Model, columns: Columns, call: dict[str, Any]) -> tuple[dict[str, Any], range]:
+def prepared_call(
+    record: Model, columns: Columns, prompts: Sequence[CompiledPrompt], call: dict[str, Any]
+) -> tuple[dict[str, Any], range]:
     """The arguments of a backbone's call with the prompt's positions, a padding mask and a cache that keeps every key.
 
     And the columns that its tokens stand in.
@@ -49,7 +52,7 @@ def prepared_call(record: Model, columns: Columns, call: dict[str, Any]) -> tupl
     if ids is not None:
         _check_ids(columns, ids, first, repeats)
     if queries.stop > columns.width:
-        for prompt in columns.prompts:
+        for prompt in prompts:
             if len(prompt.graph.sinks) > 1:
                 raise BackendError(several_sinks(prompt))
     positions = columns.positions(queries)

@@ -14,8 +14,7 @@ from leattn.attention.request import Backend, Request
 from leattn.errors import BackendError
 from leattn.model.facts import Facts
 from leattn.model.record import Model
-from leattn.prompt.columns import Columns
-from leattn.prompt.compile import CompiledPrompt
+from leattn.prompt.compile import CompiledPrompt, columns_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class InputForm:
         """
         self.facts.check_tokens(prompts)
         self.facts.check_positions(prompts)
-        columns = Columns.of_prompts(prompts, device)
+        columns = columns_of(prompts, device)
         every = range(columns.width)
         masks = {}
         for kind, window in self.facts.windows.items():

@@ -22,7 +22,6 @@ SHORT = 64
 """Keys seen whole up to which each stretch of a group gets a copy of them; more are computed apart and merged."""
 
 
-FOLD = True
 BLOCK = 32
 """Queries that the CPU's kernel takes at a time. Fewer cost as much, so short stretches go side by side, and few queries with
 the heads that share a key head."""
@@ -165,7 +164,7 @@ class Kernel:
             step = parts[0][:, :, start:stop], parts[1][:, :, :stop], parts[2][:, :, :stop]
             steps.append(self._flash(*step, causal=is_causal, mask=mask))
         mine, mine_lse = (_joined(torch.cat(x, 2), group) for x in zip(*steps, strict=True))
-        if FOLD and 2 * query.shape[2] <= BLOCK:
+        if 2 * query.shape[2] <= BLOCK:
             theirs, theirs_lse = self._folded(query, *seen)
         else:
             theirs, theirs_lse = (x.transpose(1, 2) for x in self._flash(query, *seen))

@@ -14,8 +14,7 @@ from leattn.dag.node import ICLNode
 from leattn.errors import BackendError
 from leattn.model.record import Model, probing
 from leattn.model.registry import OURS
-from leattn.prompt.columns import Columns
-from leattn.prompt.compile import CompiledPrompt, compile_prompt
+from leattn.prompt.compile import CompiledPrompt, columns_of, compile_prompt
 
 CLASHES = (TypeError, AttributeError, LookupError, NotImplementedError, RuntimeError, ValueError)
 """What a family's code raises when a mask is not what it calculates with."""
@@ -83,7 +82,7 @@ def _probe(model: Any, record: Model, backend: Backend, *, native: bool) -> str 
         return {**tokens, name: [(token + 1) % vocabulary for token in tokens[name]]}
 
     def logits(prompt: CompiledPrompt) -> dict[str, torch.Tensor]:
-        block = Block(record, Columns.of_prompts([prompt], record.device), [backend], native=native)
+        block = Block(record, columns_of([prompt], record.device), [backend], native=native)
         with follow(block) as attention:
             output = model(**attention.inputs, use_cache=False)
         found = output.logits if hasattr(output, "logits") else output.last_hidden_state

@@ -5,17 +5,25 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from leattn.errors import CompileError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from leattn.dag.node import ICLNode
+
+class Chunk(Protocol):
+    """What is tokenized: a text, with or without control tokens in it, or token ids."""
+
+    @property
+    def content(self) -> str | tuple[int, ...]: ...
+
+    @property
+    def special_tokens(self) -> str: ...
 
 
-def tokenize_all(nodes: Sequence[ICLNode], tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
+def tokenize_all(nodes: Sequence[Chunk], tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
     """Token ids of every node, each tokenized by itself, in one call per treatment of special tokens.
 
     Raises

@@ -40,7 +40,7 @@ class Freeze:
             raise LeattnError(f"Freeze names layer {self.layer}; layers count from 0")
         if self.source == "previous" and self.layer == 0:
             raise LeattnError("Freeze(layer=0, source='previous') has no layer before; use source='input' or a later layer")
-        return _Freeze(self, Selection.build(subject.columns, self.tokens, self.rows, generated=self.generated))
+        return _Freeze(self, Selection.build(subject, self.tokens, self.rows, generated=self.generated))
 
 
 class _Freeze:
@@ -82,7 +82,7 @@ class RandomNoise:
             return scaled
 
         chosen = checked_layers("RandomNoise", self.layer, subject.layers)
-        return _PerToken(chosen, Selection.build(subject.columns, self.tokens, self.rows, generated=self.generated), noise)
+        return _PerToken(chosen, Selection.build(subject, self.tokens, self.rows, generated=self.generated), noise)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Shuffle:
             return vector[torch.randperm(len(vector), generator=generator).to(vector.device)]
 
         chosen = checked_layers("Shuffle", self.layer, subject.layers)
-        return _PerToken(chosen, Selection.build(subject.columns, self.tokens, self.rows, generated=self.generated), shuffle)
+        return _PerToken(chosen, Selection.build(subject, self.tokens, self.rows, generated=self.generated), shuffle)
 
 
 class _PerToken:
@@ -167,7 +167,7 @@ class Inject:
 
     def bind(self, subject: Subject) -> _Inject:
         chosen = checked_layers("Inject", self.layer, subject.layers)
-        prompts, width = subject.columns.prompts, subject.columns.width
+        prompts, width = subject.prompts, subject.columns.width
         entries = []
         for p in checked_rows(self.rows, len(prompts)):
             prompt = prompts[p]

@@ -86,7 +86,7 @@ def _applied(attention: Block, operations: tuple[Operation, ...]) -> Iterator[Bl
     attention.operations = operations
     attention.reenter = partial(_applied, operations=operations)
     layers = record.layers
-    subject = Subject(attention.columns, len(layers), record.base.config.num_attention_heads)
+    subject = Subject(attention.prompts, attention.columns, len(layers), record.base.config.num_attention_heads)
     bound = [operation.bind(subject) for operation in operations]
     if changing := doing(bound, "scores"):
         attention.wrap(ChangedScores(changing), "Suppress", "scores")

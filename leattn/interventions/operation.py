@@ -41,15 +41,15 @@ class Selection:
     generated: torch.Tensor
 
     @classmethod
-    def build(cls, columns: Columns, where: Where | None, rows: Sequence[int] | None, *, generated: bool = False) -> Selection:
+    def build(cls, subject: Subject, where: Where | None, rows: Sequence[int] | None, *, generated: bool = False) -> Selection:
         """``where`` in each prompt of ``rows`` (all of them for None); None is every token but the last of every sink."""
-        prompts = range(len(columns.prompts))
+        prompts, width = range(len(subject.prompts)), subject.columns.width
         chosen = checked_rows(rows, len(prompts))
-        selected = torch.zeros(len(prompts), columns.width, dtype=torch.bool)
+        selected = torch.zeros(len(prompts), width, dtype=torch.bool)
         for p in chosen:
-            prompt: CompiledPrompt = columns.prompts[p]
+            prompt = subject.prompts[p]
             tokens = all_but_the_last(prompt) if where is None else tokens_at(prompt, where)
-            selected[p] = as_mask(tokens, prompt, columns.width)
+            selected[p] = as_mask(tokens, prompt, width)
         new = torch.tensor([generated and p in chosen for p in prompts])
         return cls(selected, new)
 
@@ -74,8 +74,9 @@ def checked_rows(rows: Sequence[int] | None, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Subject:
-    """What an operation is bound to: prompts as columns, and how many layers and heads the model has."""
+    """What an operation is bound to: prompts, the columns they stand in, and how many layers and heads the model has."""
 
+    prompts: Sequence[CompiledPrompt]
     columns: Columns
     layers: int
     heads: int

@@ -52,7 +52,7 @@ class Suppress:
     rows: Sequence[int] | None = None
 
     def bind(self, subject: Subject) -> BoundSuppress:
-        prompts, width, heads = subject.columns.prompts, subject.columns.width, subject.heads
+        prompts, width, heads = subject.prompts, subject.columns.width, subject.heads
         if self.mode not in MODES:
             raise LeattnError(choices("mode", self.mode, MODES))
         if self.shift not in ("visible", "all"):
@@ -74,7 +74,7 @@ class Suppress:
             if self.mode == "weight" and min(given, default=0.0) < 0:
                 raise LeattnError(f"a weight is multiplied by {min(given)}; weights stay positive, so give a factor >= 0")
             factors[p, torch.tensor(tokens, dtype=torch.long) + width - len(prompt)] = torch.tensor(given, dtype=torch.float)
-        queries = None if self.queries is None else Selection.build(subject.columns, self.queries, self.rows)
+        queries = None if self.queries is None else Selection.build(subject, self.queries, self.rows)
         named = checked_layers("Suppress", self.layers, subject.layers)
         return BoundSuppress(self, named, chosen, factors, neutral, queries)
 

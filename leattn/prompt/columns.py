@@ -12,7 +12,6 @@ from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +19,6 @@ import torch
 
 from leattn.errors import BackendError
 from leattn.prompt.visible import Run, Visible, merge
-
-if TYPE_CHECKING:
-    from leattn.prompt.compile import CompiledPrompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +47,8 @@ class Row:
         Of the columns laid out, ``[offsets[-1]]``; 0 for padding.
     continuation
         The node that columns past the last belong to: what is generated after a prompt. None where every column is appended.
+    ids
+        The tokens laid out, ``[offsets[-1] - offsets[0]]``, where they are known beforehand.
     """
 
     def __init__(
@@ -59,22 +57,14 @@ class Row:
         offsets: Sequence[int] = (0,),
         positions: npt.NDArray[np.int64] | None = None,
         continuation: int | None = None,
+        ids: torch.Tensor | None = None,
     ) -> None:
-        self.visible, self.offsets, self.continuation = visible, offsets, continuation
+        self.visible, self.offsets, self.continuation, self.ids = visible, offsets, continuation, ids
         self.length = offsets[-1]
         self._positions = np.zeros(0, np.int64) if positions is None else positions
         self._pieces: list[tuple[int, int, int]] = []  # start, stop, node: what was appended, in order of columns
         self._runs: dict[int, list[Run]] = {}  # the columns of appended nodes
         self._seen: dict[int, tuple[Run, ...]] = {}
-
-    @classmethod
-    def of_prompt(cls, prompt: CompiledPrompt, width: int) -> Row:
-        """A prompt at the right end of ``width`` columns, and what is generated after it: one more node, which sees the last
-        one and what that sees."""
-        padding = width - len(prompt)
-        positions = np.concatenate([np.zeros(padding, np.int64), prompt.position_ids[0].cpu().numpy()])
-        offsets = prompt.offsets if not padding else (np.asarray(prompt.offsets) + padding).tolist()
-        return cls(prompt.visible.continued(), offsets, positions, continuation=len(prompt.graph))
 
     @property
     def padding(self) -> int:
@@ -194,20 +184,15 @@ class Columns:
         S, the columns of the longest prompt.
     """
 
-    def __init__(self, rows: Sequence[Row], device: torch.device, prompts: Sequence[CompiledPrompt] = ()) -> None:
-        self.rows, self.device, self.prompts = tuple(rows), device, tuple(prompts)
+    def __init__(self, rows: Sequence[Row], device: torch.device) -> None:
+        self.rows, self.device = tuple(rows), device
         self.width = max(row.offsets[-1] for row in rows)
         self.input_ids = torch.zeros(len(rows), self.width, dtype=torch.long, device=device)
         self.attention_mask = torch.zeros_like(self.input_ids)
-        for i, (prompt, padding) in enumerate(zip(prompts, self.padding, strict=False)):
-            self.input_ids[i, padding:] = prompt.input_ids[0].to(device)
-            self.attention_mask[i, padding:] = 1
-
-    @classmethod
-    def of_prompts(cls, prompts: Sequence[CompiledPrompt], device: torch.device) -> Columns:
-        """Prompts as one batch, shorter ones padded on the left."""
-        width = max(len(prompt) for prompt in prompts)
-        return cls([Row.of_prompt(prompt, width) for prompt in prompts], device, prompts)
+        for i, row in enumerate(rows):
+            if row.ids is not None:
+                self.input_ids[i, row.padding :] = row.ids.to(device)
+                self.attention_mask[i, row.padding :] = 1
 
     @cached_property
     def padding(self) -> tuple[int, ...]:
@@ -217,7 +202,7 @@ class Columns:
     @cached_property
     def is_plain(self) -> bool:
         """Whether this is what the model would do anyway: causal, unpadded, positions that count by one."""
-        return bool(self.prompts) and not any(self.padding) and all(map(_is_plain, self.prompts))
+        return self.width > 0 and not any(self.padding) and all(map(_is_plain, self.rows))
 
     def repeats(self, rows: int) -> int:
         """How many rows of a model's input (beams, return sequences) each row has.
@@ -259,8 +244,8 @@ class Columns:
         return self.positions(queries)[:, :, None] - self.positions(range(keys))[:, None] < window
 
 
-def _is_plain(prompt: CompiledPrompt) -> bool:
-    return prompt.visible.is_causal and bool((prompt.position_ids.diff() == 1).all())
+def _is_plain(row: Row) -> bool:
+    return row.visible.is_causal and bool((np.diff(row.positions(range(row.length))) == 1).all())
 
 
 def fill(mask: torch.Tensor, stretches: Sequence[Stretch], first: int) -> None:

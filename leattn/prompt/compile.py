@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -19,8 +19,9 @@ from leattn.errors import CompileError, GraphError, LeattnError
 from leattn.prompt import masks
 from leattn.prompt.columns import Columns, Row, fill
 from leattn.prompt.positions import Positions, start_positions
-from leattn.prompt.text import prompt_html, prompt_text
+from leattn.prompt.text import aligned, node_rows
 from leattn.prompt.visible import Visibility, Visible, visible_relation
+from leattn.table import html_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,7 +92,7 @@ class CompiledPrompt:
     @cached_property
     def columns(self) -> Columns:
         """The tokens as columns, on the prompt's device: what every mask is made of."""
-        return Columns.of_prompts([self], self.input_ids.device)
+        return columns_of([self], self.input_ids.device)
 
     def dense_mask(self) -> torch.Tensor:
         """Boolean ``[S, S]``, rows are queries. The only thing here, with :meth:`additive_mask`, that takes S × S memory."""
@@ -191,13 +192,27 @@ class CompiledPrompt:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def __str__(self) -> str:
-        return prompt_text(self)
+        return "\n".join([self._summary(), *aligned(self._rows())])
 
     def __repr__(self) -> str:
         return f"CompiledPrompt({len(self.graph)} nodes, {len(self)} tokens, density {self.density:.2f})"
 
     def _repr_html_(self) -> str:
-        return prompt_html(self)
+        rows = []
+        for row in self._rows():
+            if len(row) > 1:
+                text = self[self.graph.nodes[int(row[0])]].text
+                row = (*row[:4], repr(text if len(text) <= 80 else text[:77] + "…"), row[4])
+            rows.append(row)
+        return html_table(["", "node", "tokens", "positions", "text", "sees"], rows, caption=self._summary(), pre=[5])
+
+    def _summary(self) -> str:
+        count = len(self.graph)
+        return f"{count} node{'s' * (count != 1)}, {len(self)} tokens, density {self.density:.2f}"
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        starts = self.position_ids[0, list(self.offsets[:-1])].tolist()
+        return node_rows([self.graph.names[node] for node in self.graph.nodes], self.offsets, starts, self.visible)
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,6 +298,21 @@ def compile_prompt(
         offsets=tuple(offsets.tolist()),
         visible=visible,
     )
+
+
+def columns_of(prompts: Sequence[CompiledPrompt], device: torch.device) -> Columns:
+    """Prompts as one batch on a device, shorter ones padded on the left.
+
+    What is generated after each is one more node, which sees its last one and what that sees.
+    """
+    width = max(len(prompt) for prompt in prompts)
+    rows = []
+    for prompt in prompts:
+        padding = width - len(prompt)
+        positions = np.concatenate([np.zeros(padding, np.int64), prompt.position_ids[0].cpu().numpy()])
+        offsets = [padding + offset for offset in prompt.offsets] if padding else prompt.offsets
+        rows.append(Row(prompt.visible.continued(), offsets, positions, len(prompt.graph), prompt.input_ids[0]))
+    return Columns(rows, device)
 
 
 def as_graph(target: ICLNode | Iterable[ICLNode] | ICLGraph) -> ICLGraph:
