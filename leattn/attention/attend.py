@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from leattn.attention.backends import automatic, named
 from leattn.attention.block import Block, follow, innermost, standing_needs
@@ -24,7 +25,7 @@ def attend(
     prompts: CompiledPrompt | Sequence[CompiledPrompt],
     *,
     backend: str | Backend = "auto",
-    mask: torch.Tensor | None = None,
+    mask: Tensor | None = None,
     mask_mode: MaskMode = "combine",
 ) -> Iterator[Block]:
     """Make the model's own ``forward`` and ``generate`` follow the graph, inside the block and nowhere else.
@@ -82,7 +83,7 @@ def prepare(
     prompts: CompiledPrompt | Sequence[CompiledPrompt],
     *,
     backend: str | Backend = "auto",
-    mask: torch.Tensor | None = None,
+    mask: Tensor | None = None,
     mask_mode: MaskMode = "combine",
 ) -> Block:
     """Check that model, backend and prompts go together; the block to follow, before anything is touched."""
@@ -104,7 +105,7 @@ def prepare(
     return block
 
 
-def block_for(model: Any, record: Model, columns: Columns, backend: str | Backend, user: torch.Tensor | None = None) -> Block:
+def block_for(model: Any, record: Model, columns: Columns, backend: str | Backend, user: Tensor | None = None) -> Block:
     """The block that follows these columns.
 
     Raises

@@ -17,6 +17,7 @@ from typing import Any
 from weakref import ref
 
 import torch
+from torch import Tensor
 
 from leattn.attention.call import by_name, hides_tokens, prepared_call
 from leattn.attention.request import Backend, LayerAttention, Need, Request
@@ -61,7 +62,7 @@ class Block:
     serves: Callable[[Backend], bool] = lambda _: True
     native: bool = False
     needs: frozenset[Need] = frozenset()
-    user: torch.Tensor | None = None
+    user: Tensor | None = None
     replaces: bool = False
     wrapped: Any = None
     operations: tuple[Any, ...] = ()
@@ -86,14 +87,10 @@ class Block:
         return str(self.backends[0].implementation) if self.native else registry.OURS
 
     @property
-    def inputs(self) -> dict[str, torch.Tensor]:
+    def inputs(self) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask`` and ``position_ids``, ``[P, S]`` each, padded on the left."""
         columns = self.columns
-        return {
-            "input_ids": columns.input_ids,
-            "attention_mask": columns.attention_mask,
-            "position_ids": columns.position_ids,
-        }
+        return {"input_ids": columns.input_ids, "attention_mask": columns.attention_mask, "position_ids": columns.position_ids}
 
     def decide(self, needs: frozenset[Need]) -> Backend:
         """The backend for a forward that asks for this.
@@ -149,9 +146,9 @@ class Call:
 
     block: Block
     layer: int
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
     mask: Any
     window: int | None
     scaling: float
@@ -168,11 +165,11 @@ def wrapped_attention(
     inner: Any,
     window: int | None,
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """A backend's attention, ``inner``, with what is around the block's before and after it."""
     scaling, mask = kwargs.get("scaling"), getattr(inner, "mask", None)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -180,7 +177,7 @@ def wrapped_attention(
     call = Call(block, layer, query, key, value, mask, window, scaling, kwargs.get("softcap"))
     changed = block.wrapped.before(call)
     inner = inner if changed is mask else replace(inner, mask=changed)
-    output: tuple[torch.Tensor, torch.Tensor | None] = inner(module, query, key, value, **kwargs)
+    output: tuple[Tensor, Tensor | None] = inner(module, query, key, value, **kwargs)
     block.wrapped.after(call)
     return output
 
@@ -313,7 +310,7 @@ def _after(module: Any, _args: tuple[Any, ...], output: Any) -> None:
         )
 
 
-def _answer(config: Any, plain: Callable[[], Any] | None, padding: torch.Tensor | None, **asked: Any) -> Any:
+def _answer(config: Any, plain: Callable[[], Any] | None, padding: Tensor | None, **asked: Any) -> Any:
     """What our mask functions say: transformers' own mask unless the model at hand is following a graph."""
     active = _forwards.get()
     if active and active[-1].record.base.config is config:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from leattn.errors import BackendError
 from leattn.model.cache import cached_tokens, full_length_cache
@@ -64,13 +65,13 @@ def prepared_call(
         mask = torch.ones(rows, queries.stop, dtype=torch.long, device=tokens.device)
         for p, padding in enumerate(columns.padding):
             mask[p * repeats : (p + 1) * repeats, :padding] = 0
-    elif not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+    elif not isinstance(mask, Tensor) or mask.dim() != 2:
         raise BackendError("inside attend the attention_mask is 2D padding; give a 4D mask of your own to attend(mask=...)")
     call["attention_mask"] = mask
     return call, queries
 
 
-def hides_tokens(columns: Columns, mask: torch.Tensor) -> bool:
+def hides_tokens(columns: Columns, mask: Tensor) -> bool:
     """Whether a caller's ``attention_mask`` ``[B, n]`` hides more than the padding, which nobody sees anyway."""
     if not any(columns.padding):
         return not bool(mask.all())
@@ -88,7 +89,7 @@ def several_sinks(prompt: CompiledPrompt) -> str:
     )
 
 
-def _check_ids(columns: Columns, ids: torch.Tensor, first: int, repeats: int) -> None:
+def _check_ids(columns: Columns, ids: Tensor, first: int, repeats: int) -> None:
     """The prompt's columns of ``ids`` must be the prompt's tokens; padding and what is generated are free."""
     last = min(first + ids.shape[1], columns.width)
     if last <= first:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from leattn.attention.request import Backend, Request, UnderMask
@@ -42,17 +43,17 @@ def _refusal(record: Model) -> str | None:
     return None
 
 
-def _of_dense(allowed: torch.Tensor) -> BlockMask:
+def _of_dense(allowed: Tensor) -> BlockMask:
     """A mask ``[B, 1 or H, Q, K]`` bool as blocks."""
     rows, heads, length, keys = allowed.shape
 
-    def given_mask(b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
+    def given_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return allowed[b, h if heads > 1 else h * 0, q_idx, kv_idx]
 
     return create_block_mask(given_mask, rows, heads if heads > 1 else None, length, keys, allowed.device)
 
 
-def _windowed(request: Request, counts: torch.Tensor, full: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _windowed(request: Request, counts: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
     """Drop the blocks that lie wholly outside the window, and call full only those wholly inside it."""
     assert request.window is not None
     query_low, query_high = _block_range(request, request.queries)
@@ -62,7 +63,7 @@ def _windowed(request: Request, counts: torch.Tensor, full: torch.Tensor) -> tup
     return counts * reaches, full & inside
 
 
-def _block_range(request: Request, columns: range) -> tuple[torch.Tensor, torch.Tensor]:
+def _block_range(request: Request, columns: range) -> tuple[Tensor, Tensor]:
     """The smallest and largest position in each block of columns, ``[B, blocks]`` each."""
     positions = request.columns.positions(columns).repeat_interleave(request.repeats, 0).to(request.device)
     short = -positions.shape[1] % BLOCK
@@ -75,7 +76,7 @@ def _block_range(request: Request, columns: range) -> tuple[torch.Tensor, torch.
 def _and_padding(mask_mod: masks.MaskMod, request: Request) -> masks.MaskMod:
     visible, offset = request.visible_keys(), request.queries.start
 
-    def padded_mask(b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
+    def padded_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return mask_mod(b, h, q_idx, kv_idx) & (visible[b, kv_idx] | (kv_idx == q_idx + offset))
 
     return padded_mask

@@ -13,6 +13,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from leattn.prompt.columns import columns_in
@@ -35,19 +36,19 @@ TEMPORARY = 4 << 20
 Ints: TypeAlias = npt.NDArray[np.int64]
 
 
-def select(columns: Ints, device: torch.device) -> slice | torch.Tensor:
+def select(columns: Ints, device: torch.device) -> slice | Tensor:
     """Columns ``[n]`` as an index: an interval, which copies nothing, or a tensor."""
     if (np.diff(columns) != 1).any():
         return torch.from_numpy(columns).to(device)
     return slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(0, 0)
 
 
-def picked(x: torch.Tensor, index: slice | torch.Tensor) -> torch.Tensor:
+def picked(x: Tensor, index: slice | Tensor) -> Tensor:
     """Some columns of ``[B, G, K, D]``, ``[B, G, n, D]``."""
     return x[:, :, index] if isinstance(index, slice) else x.index_select(2, index)
 
 
-def needs_gradient(*tensors: torch.Tensor) -> bool:
+def needs_gradient(*tensors: Tensor) -> bool:
     """Whether anybody will ask for the gradient of what is computed from these."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
@@ -56,7 +57,7 @@ class Kernel:
     """How to compute one layer's attention: its scaling, whether the kernel that returns the log-sum-exp may be used, and which
     of a forward's calls this is."""
 
-    def __init__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, number: int = 0) -> None:
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, number: int = 0) -> None:
         self.scaling, self.number = scaling, number
         # Private, but the one that returns the log-sum-exp and takes grouped heads; it has no gradient for that, and wants
         # values as wide as keys (deepseek's latent attention has others).
@@ -67,7 +68,7 @@ class Kernel:
             and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
         )
 
-    def masked(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def masked(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """One call under a mask ``[Q, K]`` that all heads share, with the query heads folded onto their key head."""
         rows, heads, length, size = query.shape
         groups = key.shape[1]
@@ -76,14 +77,12 @@ class Kernel:
         output = scaled_dot_product_attention(folded, key, value, folded_mask, scale=self.scaling)
         return output.view(rows, groups, heads // groups, length, -1).flatten(1, 2).transpose(1, 2)
 
-    def causal(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Plain causal attention, in one call whose result is not copied."""
         output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scaling, enable_gqa=True)
         return output.transpose(1, 2)
 
-    def stairs(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor, *, count: int = 1
-    ) -> None:
+    def stairs(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, *, count: int = 1) -> None:
         """Causal, the last query at the last key, into ``output`` ``[B, count, Q, H, D]``; others are ``[B · count, …]``."""
         length, keys = query.shape[2], key.shape[2]
         for start, stop in _steps(length, keys):
@@ -102,13 +101,7 @@ class Kernel:
             output[:, :, start:stop] = part.transpose(1, 2).unflatten(0, (-1, count))  # type: ignore[no-untyped-call]
 
     def continuation(
-        self,
-        query: torch.Tensor,
-        seen_key: torch.Tensor,
-        seen_value: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
+        self, query: Tensor, seen_key: Tensor, seen_value: Tensor, key: Tensor, value: Tensor, output: Tensor
     ) -> None:
         """Queries that see some keys whole, ``[B or 1, G, n, D]``, and end at the last of their own ``[B, G, K, D]``."""
         rows = len(query)
@@ -122,9 +115,7 @@ class Kernel:
         mine, mine_lse = self._folded(query, key, value, mask)
         torch.lerp(mine, theirs, torch.sigmoid(theirs_lse - mine_lse).to(query.dtype), out=output)
 
-    def _folded(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _folded(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Query heads, and rows that share one row of keys, side by side as queries of their key head: keys are read once.
 
         Output ``[B, Q, H, D]`` and log-sum-exp ``[B, Q, H, 1]``.
@@ -140,13 +131,7 @@ class Kernel:
         return result, result_lse
 
     def group(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        group: Group,
-        seen: tuple[torch.Tensor, torch.Tensor],
-        output: torch.Tensor,
+        self, query: Tensor, key: Tensor, value: Tensor, group: Group, seen: tuple[Tensor, Tensor], output: Tensor
     ) -> None:
         """Equal stretches, into ``output``; ``seen`` are the keys and values that all see, if they have no windows."""
         if group.window or not self.with_lse or group.seen_keys <= SHORT:
@@ -171,14 +156,7 @@ class Kernel:
         torch.lerp(mine, theirs, torch.sigmoid(theirs_lse - mine_lse).to(query.dtype), out=output)
 
     def _with_copies(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        group: Group,
-        several: int,
-        seen: tuple[torch.Tensor, torch.Tensor],
-        output: torch.Tensor,
+        self, query: Tensor, key: Tensor, value: Tensor, group: Group, several: int, seen: tuple[Tensor, Tensor], output: Tensor
     ) -> None:
         """What is seen lies in front of own keys, once for every ``several`` stretches, which are one of the group's.
 
@@ -201,14 +179,8 @@ class Kernel:
         output.copy_(part.transpose(1, 2).unflatten(0, (-1, group.count)))  # type: ignore[no-untyped-call]
 
     def _flash(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        causal: bool = False,
-        mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Output ``[B, H, Q, D]`` and log-sum-exp ``[B, H, Q, 1]``; both lie in memory with Q before H."""
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, attn_mask=mask, scale=self.scaling
@@ -247,15 +219,7 @@ class Group:
         """The columns to pick out for it, ascending."""
         return columns_in(self.seen if self.is_apart else [*self.seen, (self.start, self.stop)])
 
-    def run(
-        self,
-        kernel: Kernel,
-        index: slice | torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-    ) -> None:
+    def run(self, kernel: Kernel, index: slice | Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
         """Query ``[B, H, Q, D]`` over key and value ``[B, G, K, D]`` of all columns, into output ``[B, Q, H, D]``."""
         keys, values = picked(key, index), picked(value, index)
         if not self.is_apart:
@@ -284,7 +248,7 @@ def _blocks(group: Group) -> Iterator[tuple[Group, int]]:
         yield replace(group, start=group.stop - rest * group.length, length=rest * group.length, count=1), rest
 
 
-def _split(x: torch.Tensor, group: Group) -> torch.Tensor:
+def _split(x: Tensor, group: Group) -> Tensor:
     """``[B, H, count · L, D]`` to ``[B · count, H, L, D]``; a view for one row."""
     if group.count == 1:
         return x
@@ -292,19 +256,19 @@ def _split(x: torch.Tensor, group: Group) -> torch.Tensor:
     return x.view(rows, heads, group.count, group.length, size).transpose(1, 2).flatten(0, 1)
 
 
-def _joined(x: torch.Tensor, group: Group) -> torch.Tensor:
+def _joined(x: Tensor, group: Group) -> Tensor:
     """``[B · count, H, L, D]`` to ``[B, count · L, H, D]``; a view of what the kernel returns."""
     _, heads, length, size = x.shape
     return x.transpose(1, 2).reshape(-1, group.count * length, heads, size)
 
 
-def _with_window(x: torch.Tensor, group: Group) -> torch.Tensor:
+def _with_window(x: Tensor, group: Group) -> Tensor:
     """The ``window`` columns before each stretch and its own, ``[B · count, G, window + L, D]``; a view for one row."""
     columns = x[:, :, group.start - group.window : group.stop]
     return columns.unfold(2, group.window + group.length, group.length).transpose(3, 4).transpose(1, 2).flatten(0, 1)
 
 
-def _repeat(x: torch.Tensor, group: Group) -> torch.Tensor:
+def _repeat(x: Tensor, group: Group) -> Tensor:
     """What all stretches see, ``[B, G, K, D]``, once for each: ``[B · count, G, K, D]``."""
     return x.unsqueeze(1).expand(-1, group.count, -1, -1, -1).flatten(0, 1)
 
@@ -317,13 +281,13 @@ def _steps(length: int, keys: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, length)) for start in range(0, length, step)]
 
 
-def _bottom_right(length: int, keys: int, like: torch.Tensor) -> torch.Tensor:
+def _bottom_right(length: int, keys: int, like: Tensor) -> Tensor:
     """What to add to the scores of queries of which the last stands at the last key, ``[Q, K]``."""
     mask = torch.full((length, keys), -torch.inf, dtype=like.dtype, device=like.device)
     return mask.triu_(keys - length + 1)
 
 
-def _side_by_side(several: int, length: int, keys: int, like: torch.Tensor) -> torch.Tensor:
+def _side_by_side(several: int, length: int, keys: int, like: Tensor) -> Tensor:
     """The same for several stretches of queries that see their own stretch up to themselves, and what is in front whole."""
     mask = _bottom_right(several * length, keys, like)
     stretch = torch.arange(several * length, device=like.device) // length

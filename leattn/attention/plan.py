@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from leattn.attention.kernels import Group, Ints, Kernel, picked
 from leattn.prompt.columns import Stretch, columns_in
@@ -43,15 +44,7 @@ class Mixed:
     def keys(self) -> Ints:
         return self.columns
 
-    def run(
-        self,
-        kernel: Kernel,
-        index: slice | torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-    ) -> None:
+    def run(self, kernel: Kernel, index: slice | Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
         mask = torch.from_numpy(self.mask).to(query.device)
         output.copy_(kernel.masked(query, picked(key, index), picked(value, index), mask))
 
@@ -74,17 +67,9 @@ class Continuation:
     def keys(self) -> Ints:
         return self.seen
 
-    def run(
-        self,
-        kernel: Kernel,
-        index: slice | torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-    ) -> None:
+    def run(self, kernel: Kernel, index: slice | Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
         name = (self.name, kernel.number)
-        pair: tuple[torch.Tensor, torch.Tensor] | None = self.kept.get(name)
+        pair: tuple[Tensor, Tensor] | None = self.kept.get(name)
         if pair is None:
             pair = picked(key, index), picked(value, index)
             if kernel.with_lse and name not in self.kept:
@@ -96,7 +81,7 @@ class Continuation:
 Step: TypeAlias = Group | Mixed | Continuation
 
 
-def _rows_agree(x: torch.Tensor) -> bool:
+def _rows_agree(x: Tensor) -> bool:
     """Whether rows are equal up to rounding."""
     return len(x) == 1 or bool((x - x[:1]).abs().max() <= 64 * torch.finfo(x.dtype).eps * x.abs().max())
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from leattn.attention.backends import refusal
 from leattn.attention.block import Block, check_not_in_use, follow
 from leattn.attention.request import Backend
 from leattn.dag.node import ICLNode
 from leattn.errors import BackendError
-from leattn.model.record import Model, probing
+from leattn.model.record import Model
 from leattn.model.registry import OURS
 from leattn.prompt.compile import CompiledPrompt, columns_of, compile_prompt
 
@@ -44,6 +47,26 @@ def sample(
         at = start + len(tokens["root"]) + max(map(len, tokens.values())) + gap if gap and name == "child" else None
         nodes[name] = ICLNode(tokens[name], [nodes[parent] for parent in seen], id=name, start_pos_id=at)
     return compile_prompt([nodes["tail"], nodes["other"]] if only is None else nodes[only])
+
+
+@contextmanager
+def probing(model: Any, record: Model) -> Iterator[None]:
+    """Inside the block a model is in evaluation mode, without gradients, autocast or compilation; afterwards as it was."""
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        # Uncompiled: the question is what the model does, not what torch's compiler makes of it. Torch warns that it is slow.
+        with (
+            warnings.catch_warnings(),
+            torch.no_grad(),
+            torch.autocast(record.device.type, enabled=False),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+            yield
+    finally:
+        for module in was_training:
+            module.training = True
 
 
 def route(model: Any, record: Model, backend: Backend) -> tuple[str | None, bool]:
@@ -81,7 +104,7 @@ def _probe(model: Any, record: Model, backend: Backend, *, native: bool) -> str 
     def changed(name: str) -> dict[str, list[int]]:
         return {**tokens, name: [(token + 1) % vocabulary for token in tokens[name]]}
 
-    def logits(prompt: CompiledPrompt) -> dict[str, torch.Tensor]:
+    def logits(prompt: CompiledPrompt) -> dict[str, Tensor]:
         block = Block(record, columns_of([prompt], record.device), [backend], native=native)
         with follow(block) as attention:
             output = model(**attention.inputs, use_cache=False)
@@ -90,7 +113,7 @@ def _probe(model: Any, record: Model, backend: Backend, *, native: bool) -> str 
 
     check_not_in_use(record, str(backend.implementation) if native else OURS)
     try:
-        with probing(model):
+        with probing(model, record):
             base = logits(sample(tokens))
             swapped = logits(sample(tokens, swap=True))
             moved = logits(sample(tokens, gap=5))
@@ -107,7 +130,7 @@ def _probe(model: Any, record: Model, backend: Backend, *, native: bool) -> str 
     scale = float(base["child"].abs().max()) or 1.0
     rounding = 64 * torch.finfo(record.dtype).eps * scale
 
-    def change(other: dict[str, torch.Tensor], names: Sequence[str]) -> float:
+    def change(other: dict[str, Tensor], names: Sequence[str]) -> float:
         return max(float((base[name] - other[name]).abs().max()) for name in names)
 
     if not all(torch.isfinite(value).all() for value in base.values()):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
+from torch import Tensor
 
 from leattn.errors import BackendError
 from leattn.model.record import Model
@@ -32,7 +33,7 @@ NEEDS: dict[Need, str] = {
 }
 """Why a backend, by name, that does not carry a need is refused."""
 
-LayerAttention: TypeAlias = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+LayerAttention: TypeAlias = Callable[..., tuple[Tensor, Tensor | None]]
 """What travels through a model as its mask: ``(module, query, key, value, **kwargs)`` → output ``[B, Q, H, D]``, weights.
 
 Query is ``[B, H, Q, D]``, key and value are ``[B, G, K, D]``. A ``mask`` attribute, if it has one, is what may be changed.
@@ -56,8 +57,8 @@ class Request:
     window: int | None
     dtype: torch.dtype
     device: torch.device
-    padding: torch.Tensor | None = None
-    user: torch.Tensor | None = None
+    padding: Tensor | None = None
+    user: Tensor | None = None
     replaces: bool = False
     kept: dict[Any, Any] = field(default_factory=dict)
     may_skip: bool = True
@@ -76,7 +77,7 @@ class Request:
             self.may_skip and self.columns.is_plain and len(self.queries) in (1, self.keys) and self.queries.stop == self.keys
         )
 
-    def allowed(self) -> torch.Tensor:
+    def allowed(self) -> Tensor:
         """Who may attend, ``[B, 1 or H, Q, K]`` bool: the graph, the user's mask if boolean, and the caller's padding."""
         columns, queries, keys = self.columns, self.queries, self.keys
         allowed = (self._open() if self.replaces else columns.dense(queries, keys, self.window))[:, None]
@@ -92,7 +93,7 @@ class Request:
         # A row in which nothing is visible has no softmax; nobody reads it.
         return allowed & (visible | itself)
 
-    def additive(self) -> torch.Tensor:
+    def additive(self) -> Tensor:
         """The same as numbers to add to the scores, ``[B, 1 or H, Q, K]`` in ``dtype``, with a maximum of 0."""
         mask = additive(self.allowed(), self.dtype)
         if self.user is None or not self.is_additive:
@@ -106,20 +107,20 @@ class Request:
         """Whether the user's mask is one of numbers."""
         return self.user is not None and self.user.dtype != torch.bool
 
-    def _user_rows(self, user: torch.Tensor) -> torch.Tensor:
+    def _user_rows(self, user: Tensor) -> Tensor:
         """``[P, 1 or H, Q, K]`` of the user's mask: later queries inherit its last row, later keys are open."""
         mask = user.expand(len(self.columns.rows), -1, -1, -1)
         index = torch.arange(self.queries.start, self.queries.stop, device=mask.device).clamp(max=mask.shape[2] - 1)
         rows = mask[:, :, index, : self.keys]
         return torch.nn.functional.pad(rows, (0, self.keys - rows.shape[-1]), value=0.0 if self.is_additive else True)
 
-    def visible_keys(self) -> torch.Tensor:
+    def visible_keys(self) -> Tensor:
         """The keys that the caller's ``padding`` leaves, ``[B, K]`` bool; all that it says nothing about."""
         assert self.padding is not None
         visible = self.padding[:, : self.keys].to(self.device, torch.bool)
         return torch.nn.functional.pad(visible, (0, self.keys - visible.shape[1]), value=True)
 
-    def _open(self) -> torch.Tensor:
+    def _open(self) -> Tensor:
         """Where a mask that replaces the graph leaves the choice open: all of the prompt, causally what follows it."""
         columns = self.columns
         query = torch.arange(self.queries.start, self.queries.stop, device=columns.device)[:, None]
@@ -175,14 +176,14 @@ class UnderMask:
     mask: Any
 
     def __call__(
-        self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         function = attention_function(module, self.implementation)
-        output: tuple[torch.Tensor, torch.Tensor | None] = function(module, query, key, value, self.mask, **kwargs)
+        output: tuple[Tensor, Tensor | None] = function(module, query, key, value, self.mask, **kwargs)
         return output
 
 
-def checked_mask(mask: torch.Tensor, columns: Columns) -> torch.Tensor:
+def checked_mask(mask: Tensor, columns: Columns) -> Tensor:
     """A user's 4D mask on the columns' device, after everything that can be wrong with it.
 
     Raises
@@ -191,8 +192,8 @@ def checked_mask(mask: torch.Tensor, columns: Columns) -> torch.Tensor:
         Another shape, a dtype that is neither, or an additive mask whose maximum is not 0.
     """
     prompts, width = len(columns.rows), columns.width
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
-        shape = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise BackendError(f"mask is a 4D tensor [B, 1 or H, Q, K], not {shape}")
     if mask.shape[0] not in (1, prompts) or mask.shape[2] < width or mask.shape[3] < width:
         raise BackendError(

@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from leattn.attention import varlen
 from leattn.attention.kernels import Group, Kernel, select
@@ -30,7 +31,7 @@ class SparseAttention:
         self.number = 0
 
     @cached_property
-    def _positions(self) -> torch.Tensor:
+    def _positions(self) -> Tensor:
         """Of all keys, ``[P, K]``."""
         return self.request.columns.positions(range(self.request.queries.stop)).cpu()
 
@@ -49,7 +50,7 @@ class SparseAttention:
         return self.stretches == [[Stretch(0, queries.stop, ())]] and not queries.start and not self.is_windowed
 
     @cached_property
-    def steps(self) -> list[list[tuple[Step, slice | torch.Tensor]]]:
+    def steps(self) -> list[list[tuple[Step, slice | Tensor]]]:
         """The steps of each prompt, and where the keys are that they compute with."""
         prompts = []
         for p, stretches in enumerate(self.stretches):
@@ -77,13 +78,13 @@ class SparseAttention:
     def __call__(
         self,
         module: torch.nn.Module | None,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         dropout: float = 0.0,
         scaling: float | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
+    ) -> tuple[Tensor, None]:
         """Attention of query ``[B, H, Q, D]`` over key and value ``[B, G, K, D]`` → ``[B, Q, H, D]``.
 
         Raises

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from leattn.attention.kernels import needs_gradient, select
 from leattn.errors import BackendError
@@ -33,7 +34,7 @@ GATHERED = 1 << 16
 Kernel: TypeAlias = Callable[..., Any]
 """``torch.nn.attention.varlen.varlen_attn``, or what behaves like it."""
 
-Sequences: TypeAlias = tuple[torch.Tensor, int]
+Sequences: TypeAlias = tuple[Tensor, int]
 """Where each sequence begins and the last ends, ``[N + 1]`` int32, and the longest one's tokens."""
 
 Sharers: TypeAlias = tuple[int, int, int, tuple[Run, ...]]
@@ -43,7 +44,7 @@ LSE = SimpleNamespace(lse=True)
 """As ``torch.nn.attention.varlen.AuxRequest``, whose import loads torch's compiler."""
 
 
-def kernel_for(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Kernel | None:
+def kernel_for(query: Tensor, key: Tensor, value: Tensor) -> Kernel | None:
     """The kernel if there is one for query ``[B, H, Q, D]``, key and value ``[B, G, K, D]``, else None."""
     head = query.shape[-1]
     if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
@@ -98,9 +99,7 @@ class Packed:
         self.own = sequences(np.diff(np.unique(edges)), device)
         self.seen = [_call_of(part, device) for part in _portions(sharers)]
 
-    def attention(
-        self, kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
+    def attention(self, kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Query ``[B, H, Q, D]`` over key and value ``[B, G, K, D]`` → ``[B, Q, H, D]``.
 
         Raises
@@ -122,15 +121,15 @@ class Packed:
 
 def call(
     kernel: Kernel,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     query_cuts: Sequences,
     key_cuts: Sequences,
     scaling: float,
     *,
     causal: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Query ``[T, H, D]`` over key and value ``[·, G, D]`` → output ``[T, H, D]`` and log-sum-exp ``[T, H, 1]`` in fp32."""
     (query_offsets, most_queries), (key_offsets, most_keys) = query_cuts, key_cuts
     windows = (-1, 0) if causal else (-1, -1)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -47,7 +48,7 @@ class Branch:
         ends: frozenset[int],
         stop: Sequence[str],
         decode: Decode,
-        seen: torch.Tensor,
+        seen: Tensor,
         processors: Any,
         criteria: Sequence[Any],
         do_sample: bool,
@@ -62,7 +63,7 @@ class Branch:
         self._generator = torch.Generator(seen.device).manual_seed(seed)
         self._shown = 0
 
-    def choose(self, logits: torch.Tensor, likeliest: int | None = None) -> None:
+    def choose(self, logits: Tensor, likeliest: int | None = None) -> None:
         """Go on with a token chosen from logits ``[V]``; ``likeliest`` is the largest one's, where it is known."""
         if likeliest is not None and not (self._do_sample or self._processors or self._criteria):
             self.accept(likeliest)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from leattn.attention.attend import attend
@@ -41,7 +42,7 @@ def forward(
     *,
     backend: str | Backend = "auto",
     kv_store: KVStore | None = None,
-    mask: torch.Tensor | None = None,
+    mask: Tensor | None = None,
     mask_mode: MaskMode = "combine",
     **model_kwargs: Any,
 ) -> Any:

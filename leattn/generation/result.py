@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import torch
+from torch import Tensor
 
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode
@@ -24,7 +24,7 @@ class Sequence:
     """
 
     text: str
-    token_ids: torch.Tensor
+    token_ids: Tensor
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Generation:
         return {name: sequences[0].text for name, sequences in self.branches.items()}
 
     @property
-    def token_ids(self) -> torch.Tensor | dict[str, torch.Tensor]:
+    def token_ids(self) -> Tensor | dict[str, Tensor]:
         """The new ids, ``[n]``; by node name if there are several branches."""
         ids = {name: sequences[0].token_ids for name, sequences in self.branches.items()}
         return next(iter(ids.values())) if len(ids) == 1 else ids

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator
 
-import torch
+from torch import Tensor
 
 from leattn.generation.branch import Branch, Decode
 from leattn.generation.sampling import Sampling, Streamer
@@ -111,7 +111,7 @@ class Schedule:
     def _is_running(self, i: int) -> bool:
         return i in self.branches and not self.branches[i].finished
 
-    def _go_on(self, i: int, logits: torch.Tensor, likeliest: int) -> None:
+    def _go_on(self, i: int, logits: Tensor, likeliest: int) -> None:
         """The next token of a branch, from logits ``[V]``."""
         branch = self.branches.get(i) or self._begin(i)
         if not branch.finished:

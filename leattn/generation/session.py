@@ -14,6 +14,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from leattn.attention.attend import block_for
 from leattn.attention.block import Block, follow, innermost
@@ -214,7 +215,7 @@ class Session:
         """Whether the store has a complete unit."""
         return self.store is not None and self._key(i) in self.store
 
-    def keep(self, i: int, cache: Any = None, columns: torch.Tensor | None = None) -> None:
+    def keep(self, i: int, cache: Any = None, columns: Tensor | None = None) -> None:
         """Give the store a unit whose tokens all went through the model: from our cache, or from some columns of another."""
         if self.store is not None and self.ids[i] and self._key(i) not in self.store:
             if columns is None:
@@ -263,6 +264,6 @@ class Session:
             self.arena.load(layer, [entry.keys[layer] for _, entry in loads], [entry.values[layer] for _, entry in loads])
 
 
-def _columns(x: torch.Tensor, at: torch.Tensor, length: int) -> torch.Tensor:
+def _columns(x: Tensor, at: Tensor, length: int) -> Tensor:
     """Some columns of ``[G, K, D]``, ``[G, length, D]``: zeros if there are none."""
     return x[:, at.to(x.device)] if len(at) else x.new_zeros(x.shape[0], length, x.shape[2])

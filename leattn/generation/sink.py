@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from leattn.attention.attend import attend
 from leattn.attention.block import Block
@@ -57,7 +58,7 @@ def continue_sinks(
         sink = torch.arange(*prompts[0].offsets[-2:])
         work.keep(len(prompts[0].graph) - 1, options["past_key_values"], sink)
         cost = replace(cost, computed=cost.computed + work.computed, reused=work.reused, steps=cost.steps + work.block.forwards)
-    rows = output if isinstance(output, torch.Tensor) else output.sequences
+    rows = output if isinstance(output, Tensor) else output.sequences
     return _results(prompts, rows, block, model, options, cost)
 
 
@@ -139,12 +140,7 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
 
 
 def _results(
-    prompts: Sequence[CompiledPrompt],
-    rows: torch.Tensor,
-    block: Block,
-    model: Any,
-    options: dict[str, Any],
-    cost: Stats,
+    prompts: Sequence[CompiledPrompt], rows: Tensor, block: Block, model: Any, options: dict[str, Any], cost: Stats
 ) -> list[Generation]:
     """Split the rows ``[P × sequences, columns]`` by prompt; cut off the prompt, an EOS and what follows, and a stop string."""
     ends, stop = torch.tensor(_end_ids(model, options), dtype=torch.long), _stop_strings(model, options)

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
 from leattn.attention.attend import prepare
 from leattn.attention.block import follow
-from leattn.attention.probe import sample, sample_tokens
+from leattn.attention.probe import probing, sample, sample_tokens
 from leattn.errors import BackendError, LeattnWarning
 from leattn.kv.node import NodeKV, node_kv
-from leattn.model.record import Model, probing
+from leattn.model.record import Model
 from leattn.model.turns import Turn, possible_turns
 from leattn.prompt.compile import CompiledPrompt
 
@@ -55,7 +56,7 @@ def certificate(model: Any) -> Certificate:
     record = Model.of(model)
     with record.lock:
         if record.certificate is None:
-            with probing(model), warnings.catch_warnings():
+            with probing(model, record), warnings.catch_warnings():
                 warnings.simplefilter("ignore", LeattnWarning)
                 record.certificate = _certify(model, record)
         made: Certificate = record.certificate
@@ -142,7 +143,7 @@ def _errors(turn: Turn | None, part: str, layer: int, cold: dict[str, NodeKV], m
     ]
 
 
-def _moved_difference(turn: Turn | None, stored: torch.Tensor, expected: torch.Tensor, old: int, new: int) -> float:
+def _moved_difference(turn: Turn | None, stored: Tensor, expected: Tensor, old: int, new: int) -> float:
     """The error of one way to turn; infinite where it does not even fit."""
     if turn is None:
         return _difference(stored, expected)
@@ -155,7 +156,7 @@ def _moved_difference(turn: Turn | None, stored: torch.Tensor, expected: torch.T
     return _difference(turned, expected) if turned.shape == expected.shape else math.inf
 
 
-def _run(model: Any, record: Model, prompt: CompiledPrompt) -> tuple[dict[str, NodeKV], torch.Tensor]:
+def _run(model: Any, record: Model, prompt: CompiledPrompt) -> tuple[dict[str, NodeKV], Tensor]:
     """The nodes of a cold run, by name, and the logits of all tokens, ``[S, V]``."""
     cache = DynamicCache()
     with follow(prepare(model, record, prompt)) as attention:
@@ -165,7 +166,7 @@ def _run(model: Any, record: Model, prompt: CompiledPrompt) -> tuple[dict[str, N
     return {name: node_kv(cache, slice(*span), starts[span[0]]) for name, span in spans.items()}, _logits(output)
 
 
-def _resume(model: Any, record: Model, prompt: CompiledPrompt, stored: dict[str, NodeKV]) -> torch.Tensor:
+def _resume(model: Any, record: Model, prompt: CompiledPrompt, stored: dict[str, NodeKV]) -> Tensor:
     """The logits of ``child``, computed from a cache that is put together from stored nodes, ``[n, V]``."""
     first, last = prompt["child"].span
     before = [stored[prompt.graph.name(node)] for node, span in prompt.spans.items() if span[1] <= first]
@@ -178,8 +179,8 @@ def _resume(model: Any, record: Model, prompt: CompiledPrompt, stored: dict[str,
     return _logits(output)
 
 
-def _logits(output: Any) -> torch.Tensor:
-    logits: torch.Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
+def _logits(output: Any) -> Tensor:
+    logits: Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
     return logits[0]
 
 
@@ -189,7 +190,7 @@ def _largest_difference(found: NodeKV, expected: NodeKV) -> float:
     return max(_difference(a, b) for a, b in pairs)
 
 
-def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+def _difference(found: Tensor, expected: Tensor) -> float:
     """The norm of the difference over the norm of what is expected, at the median token of ``[.., n, D]``.
 
     A wrong rotation, or one neighbour too many, gives about 1 at every token. At a single one, rounding can do that too: it

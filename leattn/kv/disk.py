@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
+from torch import Tensor
 
 from leattn.errors import LeattnError
 from leattn.kv.fingerprint import FORMAT
@@ -124,13 +125,13 @@ class Directory:
                 continue
 
 
-def _named(kv: NodeKV) -> Iterator[tuple[str, torch.Tensor]]:
+def _named(kv: NodeKV) -> Iterator[tuple[str, Tensor]]:
     for part, tensors in (("keys", kv.keys), ("values", kv.values)):
         for i, tensor in enumerate(tensors):
             yield f"{part}.{i}", tensor
 
 
-def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Each in memory of its own, as safetensors wants them; a model may use one tensor as keys and values."""
     seen: set[int] = set()
     apart = {}
@@ -141,7 +142,7 @@ def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return apart
 
 
-def _checksum(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> str:
+def _checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
     """Over names, shapes, dtypes, contents and what the file says about itself."""
     digest = hashlib.blake2b(json.dumps(metadata, sort_keys=True).encode(), digest_size=32)
     for name in sorted(tensors):

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from leattn.errors import BackendError
 from leattn.model.record import Model
@@ -74,7 +75,7 @@ def fingerprint(model: Any) -> bytes:
     return known[1]
 
 
-def _glance(tensors: list[tuple[str, torch.Tensor]], settings: bytes) -> bytes:
+def _glance(tensors: list[tuple[str, Tensor]], settings: bytes) -> bytes:
     """Cheap to make, and different after almost any change."""
     digest = hashlib.blake2b(settings)
     for name, tensor in tensors:
@@ -83,7 +84,7 @@ def _glance(tensors: list[tuple[str, torch.Tensor]], settings: bytes) -> bytes:
     return digest.digest()
 
 
-def _digest(tensors: list[tuple[str, torch.Tensor]], settings: bytes) -> bytes:
+def _digest(tensors: list[tuple[str, Tensor]], settings: bytes) -> bytes:
     digest = hashlib.blake2b(FORMAT + settings, digest_size=32)
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype), _checksum(tensor))).encode())
@@ -102,22 +103,22 @@ def _settings(base: torch.nn.Module) -> bytes:
     return json.dumps([config, base.training, adapters], sort_keys=True, default=repr).encode()
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
+def _bits(tensor: Tensor) -> Tensor:
     """The values as integers of the same width, flat."""
     flat = tensor.detach().reshape(-1)
     return flat.view(_INTEGERS[flat.element_size()]) if flat.element_size() in _INTEGERS else flat.view(torch.int64)
 
 
-def _samples(tensors: Iterable[torch.Tensor], count: int) -> bytes:
+def _samples(tensors: Iterable[Tensor], count: int) -> bytes:
     """Every n-th value of each tensor, about ``count`` of them; one transfer per dtype and device."""
-    groups: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         bits = _bits(tensor)
         groups.setdefault((bits.dtype, bits.device), []).append(bits[:: max(1, len(bits) // count)][:count])
     return b"".join(torch.cat(group).cpu().numpy().tobytes() for group in groups.values())
 
 
-def _checksum(tensor: torch.Tensor) -> int:
+def _checksum(tensor: Tensor) -> int:
     """The sum of all bits as integers: exact, so the same in every order, and different after the edit of one element."""
     bits = _bits(tensor)
     per_word = 8 // bits.element_size()

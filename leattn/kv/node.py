@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from leattn.errors import BackendError, LeattnError
 
@@ -23,8 +24,8 @@ class NodeKV:
         The node's first position, the one that the keys are rotated for.
     """
 
-    keys: tuple[torch.Tensor, ...]
-    values: tuple[torch.Tensor, ...]
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
     start: int
 
     def __post_init__(self) -> None:
@@ -59,7 +60,7 @@ class NodeKV:
         return f"NodeKV({len(self)} tokens from position {self.start}, {len(self.keys)} layers, {self.nbytes} bytes)"
 
 
-def node_kv(cache: Any, slots: slice | torch.Tensor, start: int, *, row: int = 0) -> NodeKV:
+def node_kv(cache: Any, slots: slice | Tensor, start: int, *, row: int = 0) -> NodeKV:
     """Copy the keys and values of one node out of a transformers cache.
 
     Parameters
@@ -86,18 +87,18 @@ def node_kv(cache: Any, slots: slice | torch.Tensor, start: int, *, row: int = 0
     >>> node_kv(cache, slice(1, 4), start=7)
     NodeKV(3 tokens from position 7, 1 layers, 192 bytes)
     """
-    kept: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    kept: tuple[list[Tensor], list[Tensor]] = ([], [])
     for index, layer in enumerate(cache.layers):
         for name, tensors in zip(("keys", "values"), kept, strict=True):
             tensor = getattr(layer, name, None)
-            if not isinstance(tensor, torch.Tensor) or tensor.dim() != 4:
+            if not isinstance(tensor, Tensor) or tensor.dim() != 4:
                 raise BackendError(f"layer {index} of the cache holds no {name} of the form [B, G, S, D], so none can be kept")
             tensors.append(_copy(tensor[row], slots))
     keys, values = kept
     return NodeKV(tuple(keys), tuple(values), start)
 
 
-def _copy(tensor: torch.Tensor, slots: slice | torch.Tensor) -> torch.Tensor:
+def _copy(tensor: Tensor, slots: slice | Tensor) -> Tensor:
     """``[G, n, D]`` in memory of its own."""
     tensor = tensor.detach()
     if isinstance(slots, slice):

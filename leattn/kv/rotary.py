@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from leattn.errors import BackendError
 from leattn.kv.certify import certificate
@@ -50,7 +51,7 @@ def shifted(model: Any, kv: NodeKV, start: int) -> NodeKV:
     steps = torch.arange(len(kv), device=kv.keys[0].device)
     old, new = steps + kv.start, steps + start
 
-    def moved(tensors: tuple[torch.Tensor, ...], how: Sequence[Turn | None]) -> tuple[torch.Tensor, ...]:
+    def moved(tensors: tuple[Tensor, ...], how: Sequence[Turn | None]) -> tuple[Tensor, ...]:
         result = list(tensors)
         # Layers that turn alike go in one call.
         groups: dict[tuple[Turn, torch.Size], list[int]] = {}

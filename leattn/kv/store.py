@@ -9,6 +9,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from leattn.errors import LeattnError, LeattnWarning
 from leattn.kv.disk import Directory
@@ -231,7 +232,7 @@ class KVStore:
 def _own(kv: NodeKV, device: torch.device | None) -> NodeKV:
     """On ``device``, and without a tensor that holds on to more memory than its own."""
 
-    def own(tensor: torch.Tensor) -> torch.Tensor:
+    def own(tensor: Tensor) -> Tensor:
         moved = tensor.detach() if device is None else tensor.detach().to(device)
         return moved if moved.untyped_storage().nbytes() == moved.nbytes else moved.clone(memory_format=torch.contiguous_format)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -26,18 +26,16 @@ class ArenaLayer(DynamicLayer):
     def __init__(self, capacity: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.capacity = capacity
-        self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.buffers: tuple[Tensor, Tensor] | None = None
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append ``[B, G, n, D]`` keys and values; everything so far, as views."""
         self.extend([key_states], [value_states])
         assert self.keys is not None
         assert self.values is not None
         return self.keys, self.values
 
-    def extend(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    def extend(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Append several pieces ``[B, G, n, D]`` one after another."""
         if not self.is_initialized:
             self.lazy_initialization(keys[0], values[0])
@@ -51,7 +49,7 @@ class ArenaLayer(DynamicLayer):
                 column += piece.shape[-2]
         self.keys, self.values = (buffer[:, :, :stop] for buffer in buffers)
 
-    def keep(self, columns: torch.Tensor) -> None:
+    def keep(self, columns: Tensor) -> None:
         """Drop all columns but these, ``[n]`` ascending."""
         assert self.keys is not None
         assert self.values is not None
@@ -60,7 +58,7 @@ class ArenaLayer(DynamicLayer):
         self.is_initialized = False
         self.extend([keys], [values])
 
-    def _room(self, held: int, stop: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _room(self, held: int, stop: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Buffers for ``stop`` columns that hold the first ``held``: those at hand, if they are still ours and large enough."""
         ours = self.buffers
         if ours is not None and len(ours[0]) == len(key) and stop <= ours[0].shape[2] and (not held or self._is_ours()):
@@ -91,13 +89,13 @@ class Arena(DynamicCache):
         super().__init__()
         self.layer_class_to_replicate = partial(ArenaLayer, capacity)  # type: ignore[assignment]
 
-    def load(self, layer: int, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    def load(self, layer: int, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Append nodes' keys and values ``[G, n, D]`` to one layer, copying them."""
         while len(self.layers) <= layer:
             self.layers.append(self.layer_class_to_replicate())  # type: ignore[misc]
         self.layers[layer].extend([key[None] for key in keys], [value[None] for value in values])
 
-    def keep(self, columns: torch.Tensor) -> None:
+    def keep(self, columns: Tensor) -> None:
         """Drop all columns but these, ``[n]`` ascending, in every layer."""
         for layer in self.layers:
             layer.keep(columns)

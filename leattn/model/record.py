@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 import threading
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from leattn.errors import BackendError
@@ -76,8 +75,8 @@ class Model:
         return str(next((name for one, name in self.originals if one is config), config._attn_implementation))
 
     @property
-    def _embeddings(self) -> torch.Tensor:
-        return cast(torch.Tensor, self.base.get_input_embeddings().weight)
+    def _embeddings(self) -> Tensor:
+        return cast(Tensor, self.base.get_input_embeddings().weight)
 
     @property
     def device(self) -> torch.device:
@@ -171,7 +170,7 @@ class Model:
         for config, name in implementations:
             config._attn_implementation_internal = name
 
-    def run(self, model: Any, input_ids: torch.Tensor, rows: Sequence[int] | torch.Tensor, **kwargs: Any) -> Any:
+    def run(self, model: Any, input_ids: Tensor, rows: Sequence[int] | Tensor, **kwargs: Any) -> Any:
         """Call ``model`` (this one, with its head or without); ``logits`` ``[B, rows, V]`` of the tokens in ``rows``.
 
         A backbone has ``last_hidden_state`` ``[B, rows, d]`` instead.
@@ -200,23 +199,3 @@ def _backbone(model: Any) -> PreTrainedModel:
         raise BackendError(f"{type(module).__name__} has an encoder; a graph is followed by decoder-only models")
     # Some heads call past their base model (OPT calls base_model.decoder), so that a hook there would never run.
     return cast(PreTrainedModel, module.get_decoder())  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def probing(model: Any) -> Iterator[None]:
-    """Inside the block a model is in evaluation mode, without gradients, autocast or compilation; afterwards as it was."""
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        # Uncompiled: the question is what the model does, not what torch's compiler makes of it. Torch warns that it is slow.
-        with (
-            warnings.catch_warnings(),
-            torch.no_grad(),
-            torch.autocast(Model.of(model).device.type, enabled=False),
-            torch.compiler.set_stance("force_eager"),
-        ):
-            warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-            yield
-    finally:
-        for module in was_training:
-            module.training = True

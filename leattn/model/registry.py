@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
@@ -73,14 +74,7 @@ def attention_function(module: torch.nn.Module, implementation: str) -> Callable
     raise BackendError(f"{type(module).__name__} has no eager attention function of its own; use backend='sdpa'")
 
 
-def _attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: Any,
-    **kwargs: Any,
-) -> Any:
+def _attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
     """Our attention function: the mask is the attention. Query ``[B, H, Q, D]``, key and value ``[B, G, K, D]``."""
     if not callable(attention_mask):
         raise BackendError(f"{type(module).__name__} runs without the mask that it is to be given")
@@ -92,10 +86,10 @@ def _mask_function(original: Callable[..., Any] | None, answer: Answer) -> Calla
         batch_size: int,
         q_length: int,
         kv_length: int,
-        q_offset: int | torch.Tensor = 0,
+        q_offset: int | Tensor = 0,
         kv_offset: int = 0,
         mask_function: Any = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         def plain() -> Any:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from leattn.model.record import Model
 
-Angles = tuple[torch.Tensor, torch.Tensor]
+Angles = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Turn:
     function: Callable[..., Any]
     part: str
 
-    def at(self, positions: torch.Tensor) -> Angles:
+    def at(self, positions: Tensor) -> Angles:
         """Cosines and sines ``[1, n, W]`` in fp32 at positions ``[n]``."""
         module, layer_type = self.angles
         table = getattr(module, "embed_positions", None)
@@ -37,13 +38,13 @@ class Turn:
         cos, sin = module(torch.zeros(1, device=positions.device), position_ids=positions[None], **named)
         return cos, sin
 
-    def between(self, old: torch.Tensor, new: torch.Tensor) -> Angles:
+    def between(self, old: Tensor, new: Tensor) -> Angles:
         """Cosines and sines of the turn from positions ``old`` to ``new``, without any scale that the family puts on them."""
         (cos_old, sin_old), (cos_new, sin_new) = self.at(old), self.at(new)
         scale = cos_old.square() + sin_old.square()
         return (cos_old * cos_new + sin_old * sin_new) / scale, (cos_old * sin_new - sin_old * cos_new) / scale
 
-    def apply(self, tensor: torch.Tensor, angles: Angles) -> torch.Tensor:
+    def apply(self, tensor: Tensor, angles: Angles) -> Tensor:
         """Turn ``[L, G, n, D]``, in fp32; the same dtype comes back. What is not turned is left as it is, bit by bit."""
         cos, sin = angles
         # A function that takes sin before cos is of those (GPT-J's) that put heads after tokens and give each pair one angle.
@@ -59,7 +60,7 @@ class Turn:
         else:
             turned = self.function(part, cos=cos, sin=sin)
         if self.part == "all":
-            return cast(torch.Tensor, turned.to(tensor.dtype))
+            return cast(Tensor, turned.to(tensor.dtype))
         result = tensor.clone()
         result[..., where] = turned
         return result

@@ -16,6 +16,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from leattn.errors import BackendError
 from leattn.prompt.visible import Run, Visible, merge
@@ -57,7 +58,7 @@ class Row:
         offsets: Sequence[int] = (0,),
         positions: npt.NDArray[np.int64] | None = None,
         continuation: int | None = None,
-        ids: torch.Tensor | None = None,
+        ids: Tensor | None = None,
     ) -> None:
         self.visible, self.offsets, self.continuation, self.ids = visible, offsets, continuation, ids
         self.length = offsets[-1]
@@ -218,12 +219,12 @@ class Columns:
             )
         return rows // len(self.rows)
 
-    def positions(self, columns: range) -> torch.Tensor:
+    def positions(self, columns: range) -> Tensor:
         """Positions of some columns, ``[P, n]``."""
         return torch.from_numpy(np.stack([row.positions(columns) for row in self.rows])).to(self.device)
 
     @property
-    def position_ids(self) -> torch.Tensor:
+    def position_ids(self) -> Tensor:
         """Positions of the prompts, ``[P, S]``; padding has 0."""
         return self.positions(range(self.width))
 
@@ -231,7 +232,7 @@ class Columns:
         """Those of each row."""
         return [row.stretches(queries) for row in self.rows]
 
-    def dense(self, queries: range, keys: int, window: int | None = None) -> torch.Tensor:
+    def dense(self, queries: range, keys: int, window: int | None = None) -> Tensor:
         """Who may attend, ``[P, Q, K]`` bool. Windows are measured in positions, ``pos_q − pos_k < window``."""
         mask = torch.zeros(len(self.rows), len(queries), keys, dtype=torch.bool)
         for row, stretches in zip(mask, self.stretches(queries), strict=True):
@@ -239,7 +240,7 @@ class Columns:
         mask = mask.to(self.device)
         return mask if window is None else mask & self.within(queries, keys, window)
 
-    def within(self, queries: range, keys: int, window: int) -> torch.Tensor:
+    def within(self, queries: range, keys: int, window: int) -> Tensor:
         """Whether a key is nearer than ``window``, ``[P, Q, K]``; keys at later positions always are."""
         return self.positions(queries)[:, :, None] - self.positions(range(keys))[:, None] < window
 
@@ -248,7 +249,7 @@ def _is_plain(row: Row) -> bool:
     return row.visible.is_causal and bool((np.diff(row.positions(range(row.length))) == 1).all())
 
 
-def fill(mask: torch.Tensor, stretches: Sequence[Stretch], first: int) -> None:
+def fill(mask: Tensor, stretches: Sequence[Stretch], first: int) -> None:
     """Set what stretches see in ``[Q, K]`` bool whose first query stands in column ``first``; every query sees itself."""
     for stretch in stretches:
         rows = mask[stretch.start - first : stretch.stop - first]

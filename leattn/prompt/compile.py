@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from leattn.dag.gennode import GenNode
@@ -57,8 +58,8 @@ class CompiledPrompt:
 
     graph: ICLGraph
     tokenizer: PreTrainedTokenizerBase | None
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
+    input_ids: Tensor
+    position_ids: Tensor
     offsets: tuple[int, ...]
     visible: Visible
 
@@ -71,7 +72,7 @@ class CompiledPrompt:
         return dict(zip(self.graph.nodes, zip(self.offsets, self.offsets[1:], strict=False), strict=True))
 
     @cached_property
-    def node_index(self) -> torch.Tensor:
+    def node_index(self) -> Tensor:
         """The layout index of each token's node, ``[S]`` int64."""
         lengths = torch.tensor(self.offsets).diff()
         return torch.repeat_interleave(torch.arange(len(self.graph)), lengths).to(self.input_ids.device)
@@ -94,13 +95,13 @@ class CompiledPrompt:
         """The tokens as columns, on the prompt's device: what every mask is made of."""
         return columns_of([self], self.input_ids.device)
 
-    def dense_mask(self) -> torch.Tensor:
+    def dense_mask(self) -> Tensor:
         """Boolean ``[S, S]``, rows are queries. The only thing here, with :meth:`additive_mask`, that takes S × S memory."""
         mask = torch.zeros(len(self), len(self), dtype=torch.bool)
         fill(mask, Row(self.visible, self.offsets).stretches(range(len(self))), 0)
         return mask.to(self.input_ids.device)
 
-    def additive_mask(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def additive_mask(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``[1, 1, S, S]``: 0 where a token may attend and the smallest number of ``dtype`` elsewhere."""
         return masks.additive(self.dense_mask(), dtype)[None, None]
 
@@ -109,7 +110,7 @@ class CompiledPrompt:
         """The mask as a function ``(b, h, q_idx, kv_idx)`` for flex_attention; the same for every row and head."""
         mask_mod = masks.column_mask_mod(self.columns, range(len(self)), len(self))
 
-        def dag_mask(b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
+        def dag_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             return mask_mod(b * 0, h, q_idx, kv_idx)
 
         return dag_mask
@@ -147,7 +148,7 @@ class CompiledPrompt:
         """A copy in which nobody else sees ``node``; it stays in the layout, with its tokens and positions."""
         return replace(self, visible=self.visible.without_node(self.graph.index[self.graph[node]]))
 
-    def continued(self, content: str | Iterable[int] | torch.Tensor, id: str | None = None) -> CompiledPrompt:
+    def continued(self, content: str | Iterable[int] | Tensor, id: str | None = None) -> CompiledPrompt:
         """A copy with one more node at the end, which sees the last one and what that one sees, edits included.
 
         It starts where the last node ends, as generated tokens do: this is how a target, or what was generated, becomes part
@@ -185,7 +186,7 @@ class CompiledPrompt:
         """The nodes that ``node`` sees in this prompt, in layout order, itself not included."""
         return tuple(self.graph.nodes[i] for i in self.visible.nodes_seen(self.graph.index[self.graph[node]]))
 
-    def decode(self, ids: torch.Tensor) -> str:
+    def decode(self, ids: Tensor) -> str:
         """The text of some token ids; the ids themselves in brackets if the prompt has no tokenizer."""
         if self.tokenizer is None:
             return str(ids.tolist())
@@ -224,12 +225,12 @@ class NodeView:
     span: tuple[int, int]
 
     @property
-    def input_ids(self) -> torch.Tensor:
+    def input_ids(self) -> Tensor:
         """Token ids, ``[n]``."""
         return self.prompt.input_ids[0, slice(*self.span)]
 
     @property
-    def positions(self) -> torch.Tensor:
+    def positions(self) -> Tensor:
         """Position ids, ``[n]``."""
         return self.prompt.position_ids[0, slice(*self.span)]
 

@@ -11,16 +11,17 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from leattn.prompt.columns import Columns, Stretch
 from leattn.prompt.visible import Visible
 
-MaskMod: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+MaskMod: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 IntArray: TypeAlias = npt.NDArray[np.int64]
 
 
-def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where ``mask`` is true and the smallest number of ``dtype`` elsewhere: what eager attention adds to its scores."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
@@ -42,7 +43,7 @@ def column_mask_mod(columns: Columns, queries: range, keys: int, *, repeats: int
     positions = columns.positions(range(width))
     first, last = queries.start, width - 1
 
-    def dag_mask(b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
+    def dag_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         row = b // repeats
         q, k = (q_idx + first).clamp(max=last), kv_idx.clamp(max=last)
         q_node, k_node = node_of[row, q], node_of[row, k]
@@ -56,7 +57,7 @@ def column_mask_mod(columns: Columns, queries: range, keys: int, *, repeats: int
     return dag_mask
 
 
-def packed_rows(visible: Visible, width: int) -> torch.Tensor:
+def packed_rows(visible: Visible, width: int) -> Tensor:
     """Row i holds one bit per node that node i sees: ``[N, ceil(width / 32)]`` int32, lowest bit first."""
     words = -(-width // 32)
     node, start, stop = visible.flat()
@@ -123,7 +124,7 @@ def _ranks(counts: IntArray) -> IntArray:
 
 
 def block_mask_from_counts(
-    counts: torch.Tensor, lengths: tuple[int, int], block: int, mask_mod: MaskMod, full: torch.Tensor | None = None
+    counts: Tensor, lengths: tuple[int, int], block: int, mask_mod: MaskMod, full: Tensor | None = None
 ) -> BlockMask:
     """A ``BlockMask`` of ``[B, Q blocks, K blocks]`` counts. Blocks at an edge of the sequence are never called full."""
     is_full = counts == block * block if full is None else full
@@ -146,7 +147,7 @@ def block_mask_from_counts(
     )
 
 
-def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """How many blocks of each row of ``[B, M, N]`` are set, ``[B, 1, M]``, and which, first in ``[B, 1, M, N]``; int32 both."""
     counts = blocks.sum(-1)
     b, row, column = blocks.nonzero(as_tuple=True)

@@ -115,11 +115,7 @@ def visible_relation(graph: ICLGraph, visibility: Visibility) -> Visible:
 
 
 def _union(
-    parents: Sequence[ICLNode],
-    seen: tuple[Run, ...],
-    graph: ICLGraph,
-    rows: list[tuple[Run, ...]],
-    visibility: Visibility,
+    parents: Sequence[ICLNode], seen: tuple[Run, ...], graph: ICLGraph, rows: list[tuple[Run, ...]], visibility: Visibility
 ) -> tuple[Run, ...]:
     """``seen`` together with ``parents`` and, for ancestors, with all that they see."""
     if len(parents) == 1 and visibility == "parents":  # one more than the node before sees, most of the time
