@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from leattn import KVStore, LeattnError, LeattnWarning
-from leattn.kv.node import NodeKV
+from leattn.kv.entry import NodeKV
 
 
 def key(i):
@@ -143,7 +143,7 @@ def test_a_folder_in_the_place_of_an_entry_is_a_miss(tmp_path):
 WRITER = """
 import sys, torch
 from leattn import KVStore
-from leattn.kv.node import NodeKV
+from leattn.kv.entry import NodeKV
 store = KVStore(directory=sys.argv[1], max_bytes=1)
 print("ready", flush=True)
 for i in range(1, 10**6):

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 import leattn
 from leattn import BackendError, ICLNode, compile_prompt
 from leattn.kv.certify import certificate
-from leattn.kv.node import node_kv
+from leattn.kv.entry import node_kv
 from leattn.kv.rotary import shifted
 
 LATENT = {

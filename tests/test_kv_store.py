@@ -11,7 +11,7 @@ import torch
 
 import leattn
 from leattn import KVStore, LeattnError
-from leattn.kv.node import NodeKV, node_kv
+from leattn.kv.entry import NodeKV, node_kv
 
 
 def key(i):

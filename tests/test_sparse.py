@@ -12,7 +12,7 @@ from strategies import VISIBILITIES, graphs
 
 import leattn
 from leattn import ICLNode, causal, chain, compile_prompt, parallel
-from leattn.attention.kernels import Group
+from leattn.attention.group import Group
 from leattn.attention.plan import Mixed, plan
 from leattn.attention.request import Request
 from leattn.attention.sparse import SparseAttention

@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 
 from leattn.analysis.fold import Folded, Pair, Scores, fold
-from leattn.attention.block import Block, Call, running
+from leattn.attention.around import Call
+from leattn.attention.block import Block, running
 from leattn.interventions import Operation, intervene
 from leattn.model.record import Model
 from leattn.prompt.compile import CompiledPrompt
@@ -44,12 +45,12 @@ class Tracer:
             self.inner.after(call)
         if call.layer not in self.layers:
             return
-        sinks = cast("torch.Tensor | None", getattr(call.block.record.attentions[call.layer], "sinks", None))
+        sinks = cast("torch.Tensor | None", getattr(call.module, "sinks", None))
         scores = Scores(call.query[0], call.key[0], call.scaling, call.softcap, self._added, sinks)
         self._added = None
-        columns = call.block.columns
+        request = call.request
         self.folded[call.layer] = fold(
-            scores, self.prompt.offsets, columns, window=call.window, pairs=self.pairs, tile_bytes=self.tile_bytes
+            scores, self.prompt.offsets, request.columns, window=request.window, pairs=self.pairs, tile_bytes=self.tile_bytes
         )
         self.keys[call.layer] = call.key[0].float().norm(dim=-1)
         self.values[call.layer] = call.value[0].float().norm(dim=-1)

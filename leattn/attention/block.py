@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -19,6 +19,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from leattn.attention.around import wrapped_attention
 from leattn.attention.call import by_name, hides_tokens, prepared_call
 from leattn.attention.request import Backend, LayerAttention, Need, Request
 from leattn.errors import BackendError
@@ -138,48 +139,6 @@ class Block:
         if self._cache() is not cache or self.queries.start < self.columns.width:
             self.kept.clear()
         self._cache = (lambda: None) if cache is None else ref(cache)
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a layer's attention: query ``[B, H, Q, D]``, key and value ``[B, G, K, D]``, mask as the backend takes it."""
-
-    block: Block
-    layer: int
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Any
-    window: int | None
-    scaling: float
-    softcap: float | None
-
-    @property
-    def queries(self) -> range:
-        """Columns that the queries stand in; the keys are all columns from 0."""
-        return self.block.queries
-
-
-def wrapped_attention(
-    block: Block,
-    inner: Any,
-    window: int | None,
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """A backend's attention, ``inner``, with what is around the block's before and after it."""
-    scaling, mask = kwargs.get("scaling"), getattr(inner, "mask", None)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer: Any = module.layer_idx
-    call = Call(block, layer, query, key, value, mask, window, scaling, kwargs.get("softcap"))
-    changed = block.wrapped.before(call)
-    inner = inner if changed is mask else replace(inner, mask=changed)
-    output: tuple[Tensor, Tensor | None] = inner(module, query, key, value, **kwargs)
-    block.wrapped.after(call)
-    return output
 
 
 _blocks: ContextVar[tuple[Block, ...]] = ContextVar("leattn_blocks", default=())
@@ -321,7 +280,7 @@ def _answer(config: Any, plain: Callable[[], Any] | None, padding: Tensor | None
         attention: LayerAttention = block.backend.attention(request)
         if block.native:
             return attention.mask  # type: ignore[attr-defined]
-        return attention if block.wrapped is None else partial(wrapped_attention, block, attention, request.window)
+        return attention if block.wrapped is None else partial(wrapped_attention, block.wrapped, attention, request)
     if not active and any(block.record.base.config is config for block in _blocks.get()):
         # ``generate`` with a static cache asks ahead; the forward asks again.
         return torch.ones(asked["rows"], asked["queries"].stop, device=asked["device"]) if padding is None else padding

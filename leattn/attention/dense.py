@@ -22,7 +22,7 @@ def _sdpa_refusal(record: Model) -> str | None:
     facts = record.facts
     if facts.softcap:
         return "sdpa has no soft-cap on attention scores and would leave it out; use backend='eager' or 'flex'"
-    if facts.sinks:
+    if facts.learned_sinks:
         return "sdpa has no attention sinks and would leave them out; use backend='eager'"
     if not facts.supports_sdpa:
         return f"transformers does not run {facts.family} through sdpa; use backend='eager'"

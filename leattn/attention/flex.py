@@ -36,7 +36,7 @@ def _flex(request: Request) -> UnderMask:
 
 
 def _refusal(record: Model) -> str | None:
-    if record.facts.sinks and record.device.type == "cpu":
+    if record.facts.learned_sinks and record.device.type == "cpu":
         return "transformers has no attention sinks for flex_attention on a CPU; use backend='eager'"
     if not record.facts.supports_flex:
         return f"transformers does not run {record.facts.family} through flex_attention; use backend='eager'"

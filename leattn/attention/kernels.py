@@ -7,17 +7,13 @@ is computed apart from their own part; everywhere else keys are put side by side
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from dataclasses import replace
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from leattn.prompt.columns import columns_in
-from leattn.prompt.visible import Run
+from leattn.attention.group import Group
 
 SHORT = 64
 """Keys seen whole up to which each stretch of a group gets a copy of them; more are computed apart and merged."""
@@ -27,25 +23,8 @@ BLOCK = 32
 """Queries that the CPU's kernel takes at a time. Fewer cost as much, so short stretches go side by side, and few queries with
 the heads that share a key head."""
 
-LONG = 1024
-"""Keys seen whole from which on a stretch by itself computes them apart from its own, without any mask."""
-
 TEMPORARY = 4 << 20
 """Bytes of output that one batched call may make: page faults on large fresh tensors cost more than the calls."""
-
-Ints: TypeAlias = npt.NDArray[np.int64]
-
-
-def select(columns: Ints, device: torch.device) -> slice | Tensor:
-    """Columns ``[n]`` as an index: an interval, which copies nothing, or a tensor."""
-    if (np.diff(columns) != 1).any():
-        return torch.from_numpy(columns).to(device)
-    return slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(0, 0)
-
-
-def picked(x: Tensor, index: slice | Tensor) -> Tensor:
-    """Some columns of ``[B, G, K, D]``, ``[B, G, n, D]``."""
-    return x[:, :, index] if isinstance(index, slice) else x.index_select(2, index)
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
@@ -134,6 +113,17 @@ class Kernel:
         self, query: Tensor, key: Tensor, value: Tensor, group: Group, seen: tuple[Tensor, Tensor], output: Tensor
     ) -> None:
         """Equal stretches, into ``output``; ``seen`` are the keys and values that all see, if they have no windows."""
+        rows, heads, _, size = query.shape
+        most = max(1, TEMPORARY // (rows * heads * size * query.element_size()))
+        if not self.with_lse:  # each stretch gets a copy of what it sees
+            most = most * group.length // (group.length + group.seen_keys)
+        for piece in group.pieces(most):
+            part = slice(piece.start - group.start, piece.stop - group.start)
+            self._piece(query[:, :, part], key, value, piece, seen, output[:, part])
+
+    def _piece(
+        self, query: Tensor, key: Tensor, value: Tensor, group: Group, seen: tuple[Tensor, Tensor], output: Tensor
+    ) -> None:
         if group.window or not self.with_lse or group.seen_keys <= SHORT:
             for block, several in _blocks(group):
                 columns = slice(block.start - group.start, block.stop - group.start)
@@ -188,57 +178,6 @@ class Kernel:
         return output, lse[..., None]
 
 
-@dataclass(frozen=True)
-class Group:
-    """``count`` adjacent stretches of ``length`` queries from column ``start`` on.
-
-    ``seen`` are the columns that all of them see whole; with ``window``, instead, each stretch sees the ``window`` columns
-    before its own start.
-    """
-
-    start: int
-    length: int
-    count: int
-    seen: tuple[Run, ...]
-    window: int = 0
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.length * self.count
-
-    @property
-    def seen_keys(self) -> int:
-        return self.window or sum(stop - start for start, stop in self.seen)
-
-    @property
-    def is_apart(self) -> bool:
-        """Whether what is seen is computed apart from what the stretches see of themselves."""
-        return self.count > 1 or self.window > 0 or (self.length > 1 and self.seen_keys > LONG)
-
-    def keys(self) -> Ints:
-        """The columns to pick out for it, ascending."""
-        return columns_in(self.seen if self.is_apart else [*self.seen, (self.start, self.stop)])
-
-    def run(self, kernel: Kernel, index: slice | Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
-        """Query ``[B, H, Q, D]`` over key and value ``[B, G, K, D]`` of all columns, into output ``[B, Q, H, D]``."""
-        keys, values = picked(key, index), picked(value, index)
-        if not self.is_apart:
-            if self.length == 1:
-                output.copy_(kernel.masked(query, keys, values, None))
-            else:
-                kernel.stairs(query, keys, values, output[:, None])
-            return
-        rows, heads, _, size = query.shape
-        most = max(1, TEMPORARY // (rows * heads * size * query.element_size()))
-        if not kernel.with_lse:  # each stretch gets a copy of what it sees
-            most = most * self.length // (self.length + self.seen_keys)
-        step = max(1, most // self.length)
-        for first in range(0, self.count, step):
-            piece = replace(self, start=self.start + first * self.length, count=min(step, self.count - first))
-            part = slice(piece.start - self.start, piece.stop - self.start)
-            kernel.group(query[:, :, part], key, value, piece, (keys, values), output[:, part])
-
-
 def _blocks(group: Group) -> Iterator[tuple[Group, int]]:
     """The group as one whose stretches each are several short ones side by side, and the same for what is left over."""
     several = 1 if group.window or not group.seen_keys else max(1, min(group.count, BLOCK // group.length))
@@ -288,7 +227,7 @@ def _bottom_right(length: int, keys: int, like: Tensor) -> Tensor:
 
 
 def _side_by_side(several: int, length: int, keys: int, like: Tensor) -> Tensor:
-    """The same for several stretches of queries that see their own stretch up to themselves, and what is in front whole."""
+    """What to add to the scores of several stretches that see themselves up to each query, and what is in front whole."""
     mask = _bottom_right(several * length, keys, like)
     stretch = torch.arange(several * length, device=like.device) // length
     mask[:, keys - several * length :].masked_fill_(stretch[:, None] != stretch, -torch.inf)

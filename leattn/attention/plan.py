@@ -18,7 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from leattn.attention.kernels import Group, Ints, Kernel, picked
+from leattn.attention.group import Group, Ints, picked
+from leattn.attention.kernels import Kernel
 from leattn.prompt.columns import Stretch, columns_in
 from leattn.prompt.visible import Run
 

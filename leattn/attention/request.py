@@ -94,7 +94,7 @@ class Request:
         return allowed & (visible | itself)
 
     def additive(self) -> Tensor:
-        """The same as numbers to add to the scores, ``[B, 1 or H, Q, K]`` in ``dtype``, with a maximum of 0."""
+        """Who may attend as numbers to add to the scores, ``[B, 1 or H, Q, K]`` in ``dtype``, with a maximum of 0."""
         mask = additive(self.allowed(), self.dtype)
         if self.user is None or not self.is_additive:
             return mask

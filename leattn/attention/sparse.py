@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from leattn.attention import varlen
-from leattn.attention.kernels import Group, Kernel, select
+from leattn.attention.group import Group, select
+from leattn.attention.kernels import Kernel
 from leattn.attention.plan import Continuation, Mixed, Step, plan
 from leattn.attention.request import Backend, Request
 from leattn.errors import BackendError
@@ -121,7 +122,7 @@ class SparseAttention:
 def _refusal(record: Model) -> str | None:
     if record.facts.softcap:
         return "it has no soft-cap on attention scores; use backend='eager' or 'flex'"
-    if record.facts.sinks:
+    if record.facts.learned_sinks:
         return "it has no attention sinks; use backend='eager'"
     return None
 

@@ -23,7 +23,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from leattn.attention.kernels import needs_gradient, select
+from leattn.attention.group import select
+from leattn.attention.kernels import needs_gradient
 from leattn.errors import BackendError
 from leattn.prompt.columns import Stretch, columns_in
 from leattn.prompt.visible import Run
@@ -31,7 +32,7 @@ from leattn.prompt.visible import Run
 GATHERED = 1 << 16
 """Keys that one call may gather, or one sequence's: what many stretches see adds up to more than there are keys."""
 
-Kernel: TypeAlias = Callable[..., Any]
+Varlen: TypeAlias = Callable[..., Any]
 """``torch.nn.attention.varlen.varlen_attn``, or what behaves like it."""
 
 Sequences: TypeAlias = tuple[Tensor, int]
@@ -44,7 +45,7 @@ LSE = SimpleNamespace(lse=True)
 """As ``torch.nn.attention.varlen.AuxRequest``, whose import loads torch's compiler."""
 
 
-def kernel_for(query: Tensor, key: Tensor, value: Tensor) -> Kernel | None:
+def kernel_for(query: Tensor, key: Tensor, value: Tensor) -> Varlen | None:
     """The kernel if there is one for query ``[B, H, Q, D]``, key and value ``[B, G, K, D]``, else None."""
     head = query.shape[-1]
     if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
@@ -57,7 +58,7 @@ def kernel_for(query: Tensor, key: Tensor, value: Tensor) -> Kernel | None:
 
 
 @cache
-def _installed(device: torch.device) -> Kernel | None:
+def _installed(device: torch.device) -> Varlen | None:
     """torch's own kernel, if this torch and this GPU have it."""
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return None
@@ -99,7 +100,7 @@ class Packed:
         self.own = sequences(np.diff(np.unique(edges)), device)
         self.seen = [_call_of(part, device) for part in _portions(sharers)]
 
-    def attention(self, kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attention(self, kernel: Varlen, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Query ``[B, H, Q, D]`` over key and value ``[B, G, K, D]`` → ``[B, Q, H, D]``.
 
         Raises
@@ -120,7 +121,7 @@ class Packed:
 
 
 def call(
-    kernel: Kernel,
+    kernel: Varlen,
     query: Tensor,
     key: Tensor,
     value: Tensor,

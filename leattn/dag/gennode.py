@@ -124,7 +124,7 @@ class GenNode(ICLNode):
 
 
 def copied(node: NodeT, parents: Iterable[ICLNode], id: str, **sampling: Any) -> NodeT:
-    """The same chunk under another name, seeing other nodes; what the model writes may get further options of sampling."""
+    """A chunk under another name, seeing other nodes; what the model writes may get further options of sampling."""
     options: dict[str, Any] = {"start_pos_id": node.start_pos_id, "special_tokens": node.special_tokens}
     copy: ICLNode
     if isinstance(node, GenNode):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from leattn.dag import exchange
 from leattn.dag.draw import draw
 from leattn.dag.gennode import GenNode
 from leattn.dag.node import ICLNode, Prefix
-from leattn.errors import GraphError
+from leattn.errors import GraphError, LeattnError
 
 if TYPE_CHECKING:
     import networkx
@@ -233,3 +233,14 @@ def _unique_names(nodes: tuple[ICLNode, ...]) -> dict[ICLNode, str]:
         taken.add(name)
         names[node] = name
     return names
+
+
+def as_graph(target: ICLNode | Iterable[ICLNode] | ICLGraph) -> ICLGraph:
+    """A graph as it is, a node or several nodes with their ancestors."""
+    if isinstance(target, ICLGraph):
+        return target
+    if isinstance(target, ICLNode):
+        return ICLGraph(target)
+    if isinstance(target, str) or not isinstance(target, Iterable):
+        raise LeattnError(f"a prompt is compiled from an ICLNode, several of them or an ICLGraph, not from {target!r}")
+    return ICLGraph(*target)

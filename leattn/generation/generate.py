@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from leattn.attention.request import Backend
 from leattn.dag.gennode import GenNode
-from leattn.dag.graph import ICLGraph
+from leattn.dag.graph import ICLGraph, as_graph
 from leattn.dag.node import ICLNode
 from leattn.errors import LeattnError
 from leattn.generation.program import is_program
@@ -17,7 +17,7 @@ from leattn.generation.result import Generation
 from leattn.generation.sink import continue_sinks
 from leattn.generation.together import OnInterrupt, write_together
 from leattn.kv.store import KVStore
-from leattn.prompt.compile import CompiledPrompt, as_graph, compile_prompt
+from leattn.prompt.compile import CompiledPrompt, compile_prompt
 from leattn.prompt.positions import Positions, scheme_of
 from leattn.prompt.visible import Visibility
 

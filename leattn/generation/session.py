@@ -22,9 +22,9 @@ from leattn.attention.request import Backend
 from leattn.errors import BackendError, LeattnError
 from leattn.generation.program import Program
 from leattn.kv.certify import certificate
+from leattn.kv.entry import NodeKV, node_kv
 from leattn.kv.fingerprint import fingerprint
 from leattn.kv.keys import node_key
-from leattn.kv.node import NodeKV, node_kv
 from leattn.kv.rotary import shifted
 from leattn.kv.store import KVStore
 from leattn.model.cache import Arena
@@ -192,7 +192,7 @@ class Session:
         self.computed += len(ids)
         for feed in feeds:
             if feed.is_last and (feed.unit in self._complete or not self.program.units[feed.unit].writes):
-                self.keep(feed.unit)
+                self.remember(feed.unit)
         return output
 
     def complete(self, i: int, new_ids: Sequence[int]) -> None:
@@ -205,7 +205,7 @@ class Session:
         elif len(new_ids) > fed:
             self.unfed[i] = new_ids[-1]
         if i not in self.unfed:
-            self.keep(i)
+            self.remember(i)
 
     def is_placed(self, i: int) -> bool:
         """Whether a unit stands in the cache, or will by the end of what is queued."""
@@ -215,7 +215,7 @@ class Session:
         """Whether the store has a complete unit."""
         return self.store is not None and self._key(i) in self.store
 
-    def keep(self, i: int, cache: Any = None, columns: Tensor | None = None) -> None:
+    def remember(self, i: int, cache: Any = None, columns: Tensor | None = None) -> None:
         """Give the store a unit whose tokens all went through the model: from our cache, or from some columns of another."""
         if self.store is not None and self.ids[i] and self._key(i) not in self.store:
             if columns is None:

@@ -56,7 +56,7 @@ def continue_sinks(
     cost = Stats(block.computed, 0, 0, block.forwards, time.perf_counter() - started)
     if work is not None:
         sink = torch.arange(*prompts[0].offsets[-2:])
-        work.keep(len(prompts[0].graph) - 1, options["past_key_values"], sink)
+        work.remember(len(prompts[0].graph) - 1, options["past_key_values"], sink)
         cost = replace(cost, computed=cost.computed + work.computed, reused=work.reused, steps=cost.steps + work.block.forwards)
     rows = output if isinstance(output, Tensor) else output.sequences
     return _results(prompts, rows, block, model, options, cost)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from leattn.attention.block import Call
+from leattn.attention.around import Call
 from leattn.errors import BackendError, LeattnError, choices
 from leattn.interventions.operation import Layers, Selection, Subject, checked_layers, checked_rows
 from leattn.interventions.where import Where, tokens_at
@@ -100,7 +100,7 @@ class BoundSuppress:
             raise BackendError(
                 "shift='all' lets later tokens change earlier rows, which a cache cannot follow; use_cache=False"
             )
-        repeats = call.block.columns.repeats(len(scores))
+        repeats = call.request.repeats
         keys = scores.shape[-1]
         new = max(0, keys - self.factors.shape[1])
         factors = torch.nn.functional.pad(self.factors, (0, new), value=self.neutral)[:, :keys]

@@ -15,7 +15,7 @@ from leattn.attention.attend import prepare
 from leattn.attention.block import follow
 from leattn.attention.probe import probing, sample, sample_tokens
 from leattn.errors import BackendError, LeattnWarning
-from leattn.kv.node import NodeKV, node_kv
+from leattn.kv.entry import NodeKV, node_kv
 from leattn.model.record import Model
 from leattn.model.turns import Turn, possible_turns
 from leattn.prompt.compile import CompiledPrompt

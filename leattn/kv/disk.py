@@ -19,8 +19,8 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from leattn.errors import LeattnError
+from leattn.kv.entry import NodeKV
 from leattn.kv.fingerprint import FORMAT
-from leattn.kv.node import NodeKV
 
 _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
 _UNFINISHED = re.compile(r"[0-9a-f]{64}\.(?P<host>[\w-]+)\.(?P<pid>\d+)\.\d+\.unfinished")

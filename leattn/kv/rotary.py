@@ -10,7 +10,7 @@ from torch import Tensor
 
 from leattn.errors import BackendError
 from leattn.kv.certify import certificate
-from leattn.kv.node import NodeKV
+from leattn.kv.entry import NodeKV
 from leattn.model.turns import Angles, Turn
 
 
@@ -29,7 +29,7 @@ def shifted(model: Any, kv: NodeKV, start: int) -> NodeKV:
     --------
     >>> import leattn
     >>> from transformers import DynamicCache
-    >>> from leattn.kv.node import node_kv
+    >>> from leattn.kv.entry import node_kv
     >>> from leattn.kv.rotary import shifted
     >>> model, _ = leattn.tiny.load()
     >>> def keys_at(start):

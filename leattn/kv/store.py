@@ -13,8 +13,8 @@ from torch import Tensor
 
 from leattn.errors import LeattnError, LeattnWarning
 from leattn.kv.disk import Directory
+from leattn.kv.entry import NodeKV
 from leattn.kv.keys import KEY_BYTES
-from leattn.kv.node import NodeKV
 from leattn.table import html_table
 
 

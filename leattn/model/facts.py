@@ -34,7 +34,7 @@ class Facts:
     windows: dict[str, int | None]
     chunked: bool
     softcap: bool
-    sinks: bool
+    learned_sinks: bool
     supports_sdpa: bool
     supports_flex: bool
     position_limit: int | None
@@ -63,7 +63,7 @@ class Facts:
             self.check_last_position(last, which)
 
     def check_last_position(self, last: int, which: str) -> None:
-        """The same for the last position of whatever ``which`` says."""
+        """Refuse a last position, or warn of it; ``which`` begins the sentence."""
         if self.position_limit is not None and last >= self.position_limit:
             raise BackendError(
                 f"{which}, but {self.family} has a table of {self.position_limit} positions; "
@@ -92,7 +92,7 @@ def read_facts(base: PreTrainedModel) -> Facts:
         windows=_windows(config),
         chunked="chunked_attention" in (getattr(config, "layer_types", None) or ()),
         softcap=getattr(config, "attn_logit_softcapping", None) is not None,
-        sinks=any(name.endswith(".sinks") for name, _ in base.named_parameters()),
+        learned_sinks=any(name.endswith(".sinks") for name, _ in base.named_parameters()),
         supports_sdpa=bool(getattr(base, "_supports_sdpa", False)),
         supports_flex=bool(getattr(base, "_supports_flex_attn", False)),
         position_limit=_learned_positions(base, embeddings),

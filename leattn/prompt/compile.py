@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from leattn.dag.gennode import GenNode
-from leattn.dag.graph import ICLGraph
+from leattn.dag.graph import ICLGraph, as_graph
 from leattn.dag.node import ICLNode
 from leattn.dag.tokens import tokenize_all
 from leattn.errors import CompileError, GraphError, LeattnError
@@ -277,6 +277,8 @@ def compile_prompt(
       0  doc  tokens 0:3  positions 0:3  ■⬚
       1  Q    tokens 3:4  positions 3:4  ■■
     """
+    if isinstance(target, CompiledPrompt):
+        raise LeattnError("this prompt is compiled already; use it as it is, or compile its .graph again")
     graph = as_graph(target)
     written = next((node for node in graph if isinstance(node, GenNode)), None)
     if written is not None:
@@ -314,16 +316,3 @@ def columns_of(prompts: Sequence[CompiledPrompt], device: torch.device) -> Colum
         offsets = [padding + offset for offset in prompt.offsets] if padding else prompt.offsets
         rows.append(Row(prompt.visible.continued(), offsets, positions, len(prompt.graph), prompt.input_ids[0]))
     return Columns(rows, device)
-
-
-def as_graph(target: ICLNode | Iterable[ICLNode] | ICLGraph) -> ICLGraph:
-    """A graph as it is, a node or several nodes with their ancestors."""
-    if isinstance(target, ICLGraph):
-        return target
-    if isinstance(target, ICLNode):
-        return ICLGraph(target)
-    if isinstance(target, CompiledPrompt):
-        raise LeattnError("this prompt is compiled already; use it as it is, or compile its .graph again")
-    if isinstance(target, str) or not isinstance(target, Iterable):
-        raise LeattnError(f"a prompt is compiled from an ICLNode, several of them or an ICLGraph, not from {target!r}")
-    return ICLGraph(*target)

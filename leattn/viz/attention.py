@@ -157,7 +157,7 @@ def _reduced(
 
 
 def _of_trace(trace: Trace, layer: int | Sequence[int] | None, head: int | Sequence[int] | None) -> tuple[FloatArray, str]:
-    """The same from what a trace kept."""
+    """Attention folded to nodes, from what a trace kept."""
     rows, heads, words = chosen_of(trace, layer, head)
     mass = trace.mass[rows][:, heads].double().mean((0, 1)).numpy()
     return cast(FloatArray, mass), f"{words}, {trace.dtype}, {trace.model}"

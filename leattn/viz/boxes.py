@@ -143,7 +143,7 @@ class Boxes:
                 thing.render(context)
 
     def draw_collections(self, edges: Sequence[Edge]) -> None:
-        """The same for many boxes and edges: one collection of lines, one of heads, one of boxes."""
+        """Many boxes and edges as a few artists: one collection of lines, one of heads, one of boxes."""
         if edges:
             ends = [self._border(child, self.centres[parent]) for parent, child in edges]
             segments = [[self.centres[parent], end] for (parent, _), end in zip(edges, ends, strict=True)]

@@ -40,7 +40,7 @@ def spread(wanted: Sequence[float] | FloatArray, gaps: Sequence[float] | FloatAr
 
 
 def spread_within(wanted: FloatArray, gap: float, low: float, high: float) -> FloatArray:
-    """The same with one gap for all and nothing outside ``low`` … ``high``, as far as there is room."""
+    """Numbers spread with one gap for all and nothing outside ``low`` … ``high``, as far as there is room."""
     placed = spread(wanted, np.full(max(len(wanted) - 1, 0), gap))
     last = low + gap * (len(wanted) - 1)
     if last >= high:
