@@ -231,7 +231,7 @@ class Scale:
     factor: float
 
     def bind(self, subject):
-        selection = Selection.build(subject.columns, self.tokens, rows=None)
+        selection = Selection.build(subject, self.tokens, rows=None)
 
         def edit(state, hidden):
             chosen = selection.at(state.queries, state.repeats, hidden.device)[..., None]
@@ -304,6 +304,40 @@ def test_an_operation_on_what_attention_adds_equals_plain_hooks(family, backend)
         handle.remove()
     torch.testing.assert_close(ours, hooked, **TOLERANCE)
     assert not torch.allclose(hooked, model(ids).logits[0], atol=1e-2)
+
+
+def test_a_backend_whose_attention_has_no_mask_cannot_carry_changed_scores():
+    claims = Backend("claims", attention=textbook, carries=("scores",))
+    with (
+        intervene(shared_model("llama"), fan(), [Suppress("doc0", 0.5)], backend=claims) as attention,
+        pytest.raises(BackendError, match="has none; answer with a dataclass that has a field 'mask'"),
+    ):
+        shared_model("llama")(**attention.inputs)
+
+
+def test_attribution_runs_on_a_backend_of_ones_own():
+    model, prompt = shared_model("llama"), fan()
+    ours, theirs = (
+        leattn.analysis.attribute(model, prompt, [5, 6], methods="cut_nodes", backend=backend, progress=False)
+        for backend in (MINE, "eager")
+    )
+    assert [row.node for row in ours.rows] == [row.node for row in theirs.rows]
+    torch.testing.assert_close([row.importance for row in ours.rows], [row.importance for row in theirs.rows], **TOLERANCE)
+
+
+def test_a_sweep_does_not_take_an_operation_without_a_repr_for_another(tmp_path):
+    class Silent:
+        def bind(self, subject):
+            return self
+
+        def edit(self, state, hidden):
+            return hidden
+
+    options = {"layers": [0], "targets": [[5]], "progress": False}
+    with pytest.raises(LeattnError, match="a file cannot tell it from one with other settings; give its class a __repr__"):
+        leattn.analysis.sweep(
+            shared_model("llama"), [fan()], {"silent": lambda layer, seed: [Silent()]}, file=tmp_path / "s.jsonl", **options
+        )
 
 
 def test_operations_of_ones_own_stand_beside_built_in_ones_and_hold_under_a_cache():

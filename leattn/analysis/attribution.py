@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from leattn.analysis.attribution_result import METHODS, Attribution, Importance, Method
 from leattn.analysis.targets import Target, one_backend, target_ids, target_logits, token_losses
+from leattn.attention.request import Backend
 from leattn.dag.node import ICLNode
 from leattn.errors import LeattnError, choices
 from leattn.interventions.operation import Layers, checked_layers
@@ -32,7 +33,7 @@ def attribute(
     layers: Layers | None = None,
     neighbours: float | None = None,
     batch_size: int = 16,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     progress: bool = True,
 ) -> Attribution:
     """How much each node, edge and token of a prompt matters for a target that continues it.
@@ -107,7 +108,7 @@ def attribute(
     count = len(Model.of(model).layers)
     numbers = None if layers is None else tuple(sorted(checked_layers("attribute", layers, count)))
     suppress = Suppress(0, factor, mode=mode, layers=numbers)
-    name = one_backend(model, prompt, [suppress] if any(m.startswith("suppress") for m in chosen) else [], backend)
+    backend = one_backend(model, prompt, [suppress] if any(m.startswith("suppress") for m in chosen) else [], backend)
 
     trials = [_Trial("cut_nodes", "", prompt)]  # untouched
     for method in chosen:
@@ -130,7 +131,7 @@ def attribute(
     batches = [trials[i : i + batch_size] for i in range(0, len(trials), batch_size)]
     for batch in tqdm(batches, desc="attribute", leave=False, disable=not progress or len(batches) < 2, delay=2):
         operations = [replace(trial.suppress, rows=[i]) for i, trial in enumerate(batch) if trial.suppress is not None]
-        logits = target_logits(model, [trial.prompt for trial in batch], [ids] * len(batch), operations, backend=name)
+        logits = target_logits(model, [trial.prompt for trial in batch], [ids] * len(batch), operations, backend=backend)
         losses += [token_losses(one, ids) for one in logits]
     untouched = losses[0]
     rows = []
@@ -138,7 +139,7 @@ def attribute(
         gained = tuple((loss - untouched).tolist())
         text = None if trial.token is None else prompt.decode(prompt.input_ids[0, trial.token : trial.token + 1])
         rows.append(Importance(trial.method, trial.node, trial.query, trial.token, text, sum(gained), gained))
-    return Attribution(prompt, ids, tuple(untouched.tolist()), tuple(rows), chosen, float(factor), mode, numbers, name)
+    return Attribution(prompt, ids, tuple(untouched.tolist()), tuple(rows), chosen, float(factor), mode, numbers, backend.name)
 
 
 @dataclass(frozen=True)

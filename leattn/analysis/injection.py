@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from leattn.analysis.targets import Target, target_ids
+from leattn.attention.request import Backend
 from leattn.errors import LeattnError
 from leattn.generation.forward import forward
 from leattn.interventions.hidden import Inject
@@ -54,11 +55,11 @@ class Donor:
     places: list[list[int]]
     donor_places: list[list[int]]
     targets: list[tuple[int, ...]] | None
-    backend: str
+    backend: Backend
     states: dict[int, torch.Tensor]
 
     @classmethod
-    def build(cls, model: Any, prompts: Sequence[CompiledPrompt], injection: Injection, backend: str) -> Donor:
+    def build(cls, model: Any, prompts: Sequence[CompiledPrompt], injection: Injection, backend: Backend) -> Donor:
         donors = injection.donors
         for what, given in (("donors", donors), ("targets", injection.targets)):
             if given is not None and (len(given) != len(prompts) or isinstance(given, str)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -15,10 +16,10 @@ from leattn.analysis.injection import Donor, Injection
 from leattn.analysis.record import Record, digest, model_digest, prompt_digest, spelled
 from leattn.analysis.sweep_result import UNTOUCHED, SweepResult, SweepRow
 from leattn.analysis.targets import Target, one_backend, target_ids, target_logits, token_losses
+from leattn.attention.request import Backend
 from leattn.errors import LeattnError, choices
 from leattn.interventions.hidden import Freeze, RandomNoise, Shuffle, SkipAttention
 from leattn.interventions.operation import Operation, checked_layers
-from leattn.interventions.scores import Suppress
 from leattn.model.record import Model
 from leattn.prompt.compile import CompiledPrompt
 
@@ -46,7 +47,7 @@ def sweep(
     targets: Sequence[Target],
     seeds: Sequence[int] = (0,),
     file: str | Path | None = None,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     batch_size: int = 16,
     progress: bool = True,
 ) -> SweepResult:
@@ -109,12 +110,15 @@ def sweep(
         if not isinstance(maker, Injection)
         for layer, seed in product(numbers, drawn)
     }
-    on_scores = any(isinstance(operation, Suppress) for some in made.values() for operation in some)
-    name = one_backend(model, prompts[0], [Suppress(0, 1.0)] if on_scores else [], backend)
+    # Every kind of operation at once: what any of them needs, the backend has.
+    kinds = {label: some for (label, _, _), some in made.items()}
+    chosen = one_backend(model, prompts[0], [operation for some in kinds.values() for operation in some], backend)
+    if file is not None:
+        _check_spelling(kinds)
     cells = [_Cell(UNTOUCHED, None, None, None, (), None)]
     for label, maker in makers.items():
         if isinstance(maker, Injection):
-            donor = Donor.build(model, prompts, maker, name)
+            donor = Donor.build(model, prompts, maker, chosen)
             sources = sorted(checked_layers("Injection", maker.source_layers, count))
             cells += [_Cell(label, layer, a, None, (), donor) for a, layer in product(sources, numbers)]
         else:
@@ -129,7 +133,7 @@ def sweep(
         "layers": list(numbers),
         "seeds": list(drawn),
         "metric": spelled(metric),
-        "backend": name,
+        "backend": chosen.name,
         "batch_size": batch_size,
     }
     batches = [range(i, min(i + batch_size, len(prompts))) for i in range(0, len(prompts), batch_size)]
@@ -151,7 +155,7 @@ def sweep(
                     key = (cell.operation, cell.layer, cell.source_layer, cell.seed, batch.start)
                     values = record.get(key)
                     if values is None:
-                        values = cell.run(model, prompts, own, batch, metric, name)
+                        values = cell.run(model, prompts, own, batch, metric, chosen)
                         record.put(key, values)
                     new += cell.rows(batch, values)
                     bar.update()
@@ -165,8 +169,19 @@ def sweep(
         drawn,
         len(prompts),
         type(model).__name__,
-        name,
+        chosen.name,
     )
+
+
+def _check_spelling(kinds: Mapping[str, Sequence[Operation]]) -> None:
+    """Refuse operations of the user's own that a file could not tell from others of their class."""
+    for label, operations in kinds.items():
+        for operation in operations:
+            if re.search(r" object at 0x[0-9a-f]+>$", repr(operation)):
+                raise LeattnError(
+                    f"an operation of {label!r} prints as {operation!r}, so a file cannot tell it from one with other "
+                    "settings; give its class a __repr__ (a dataclass has one), or leave file out"
+                )
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +210,7 @@ class _Cell:
         own: Sequence[tuple[int, ...]],
         batch: range,
         metric: str | Metric,
-        backend: str,
+        backend: Backend,
     ) -> dict[str, list[float]]:
         """``{"own": one value per prompt of the batch}``, and the same for ``"donor"`` where there are donor's targets."""
         made: Sequence[Operation] = self.operations

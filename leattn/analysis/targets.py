@@ -7,7 +7,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from leattn.errors import BackendError, LeattnError
+from leattn.attention.request import Backend
+from leattn.errors import LeattnError
 from leattn.interventions.intervene import intervene
 from leattn.interventions.operation import Operation
 from leattn.model.record import Model
@@ -17,20 +18,10 @@ Target: TypeAlias = str | Iterable[int] | torch.Tensor
 """What is asked about: a text, or token ids."""
 
 
-def one_backend(model: Any, prompt: CompiledPrompt, operations: Sequence[Operation], backend: str) -> str:
+def one_backend(model: Any, prompt: CompiledPrompt, operations: Sequence[Operation], backend: str | Backend) -> Backend:
     """One backend for everything, so that losses differ by the intervention alone; resolved before anything runs."""
-    try:
-        with intervene(model, prompt, operations, backend=backend) as attention:
-            return attention.backend.name
-    except BackendError:
-        # Under "auto" the model's own may be one that has no scores to change.
-        for name in ("sdpa", "eager") if backend == "auto" and operations else ():
-            try:
-                with intervene(model, prompt, operations, backend=name):
-                    return name
-            except BackendError:
-                continue
-        raise
+    with intervene(model, prompt, operations, backend=backend) as attention:
+        return attention.backend
 
 
 def target_ids(model: Any, prompts: Sequence[CompiledPrompt], targets: Sequence[Target]) -> list[tuple[int, ...]]:
@@ -59,7 +50,7 @@ def target_logits(
     targets: Sequence[Sequence[int]],
     operations: Sequence[Operation] = (),
     *,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
 ) -> list[torch.Tensor]:
     """One forward pass over a batch: the logits from which each target token is predicted, float32 ``[T, V]`` per prompt.
 

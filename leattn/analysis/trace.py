@@ -11,6 +11,7 @@ import torch
 
 from leattn.analysis.fold import Pair
 from leattn.analysis.watch import Tracer, watched
+from leattn.attention.request import Backend
 from leattn.dag.node import ICLNode
 from leattn.errors import BackendError, LeattnError
 from leattn.interventions import Operation
@@ -102,7 +103,7 @@ def trace(
     layers: Layers | None = None,
     tokens: NodePair | Sequence[NodePair] = (),
     operations: Sequence[Operation] = (),
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     tile_bytes: int = TILE_BYTES,
 ) -> Trace:
     """Run a prompt once and keep node-level statistics of attention, hidden states, keys and values.

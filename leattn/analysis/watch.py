@@ -12,6 +12,7 @@ import torch
 from leattn.analysis.fold import Folded, Pair, Scores, fold
 from leattn.attention.around import Call
 from leattn.attention.block import Block, running
+from leattn.attention.request import Backend
 from leattn.interventions import Operation, intervene
 from leattn.model.record import Model
 from leattn.prompt.compile import CompiledPrompt
@@ -68,7 +69,7 @@ class Tracer:
 
 @contextmanager
 def watched(
-    model: Any, record: Model, prompt: CompiledPrompt, operations: Sequence[Operation], backend: str, tracer: Tracer
+    model: Any, record: Model, prompt: CompiledPrompt, operations: Sequence[Operation], backend: str | Backend, tracer: Tracer
 ) -> Iterator[Block]:
     """Follow the prompt with the tracer around its attention, inside of any operations; afterwards nothing is left.
 

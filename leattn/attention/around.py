@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from leattn.attention.request import Request
+from leattn.errors import BackendError
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,13 @@ def wrapped_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = Call(request, module, query, key, value, mask, scaling, kwargs.get("softcap"))
     changed = wrapped.before(call)
-    inner = inner if changed is mask else replace(inner, mask=changed)
+    if changed is not mask:
+        if not is_dataclass(inner):
+            raise BackendError(
+                f"changed scores become part of a mask, and the attention of this backend, {inner!r}, has none; answer with "
+                "a dataclass that has a field 'mask', as leattn.attention.request.UnderMask does"
+            )
+        inner = replace(cast(Any, inner), mask=changed)
     output: tuple[Tensor, Tensor | None] = inner(module, query, key, value, **kwargs)
     wrapped.after(call)
     return output

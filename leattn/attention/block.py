@@ -231,10 +231,8 @@ def _before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
             "causal. Use leattn.generate, or open `with leattn.attend(...)` in this thread too"
         )
     record = block.record
-    if module.config._attn_implementation != block.implementation:
-        raise BackendError(
-            f"the model was switched to {module.config._attn_implementation!r} inside attend; leave the block first"
-        )
+    if record.runs_on != block.implementation:
+        raise BackendError(f"the model was switched to {record.runs_on!r} inside attend; leave the block first")
     if record.checkpoints and not block.native:
         raise BackendError(
             "gradient checkpointing runs the layers again in backward, when this block may have ended; switch it on before the "

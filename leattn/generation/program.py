@@ -95,7 +95,8 @@ class Program:
         if not scheme.known_before_writing:
             raise LeattnError(
                 f"positions={positions!r} needs the length of every node, and a GenNode's is known only when it is written; "
-                "use 'after_parents' or 'restart', or pin nodes with start_pos_id"
+                "use 'after_parents' or 'restart', pin nodes with start_pos_id, or say "
+                "Scheme(starts, known_before_writing=True) of a scheme of your own that needs none"
             )
         ids = tokenize_all(graph.nodes, tokenizer)
         given = given_starts(graph, [len(node_ids) for node_ids in ids], scheme)

@@ -41,7 +41,8 @@ def intervene(
     model, prompts, backend, mask, mask_mode
         As in :func:`leattn.attend`.
     operations
-        Of :class:`Suppress`, :class:`Freeze`, :class:`RandomNoise`, :class:`Shuffle`, :class:`SkipAttention`, :class:`Inject`.
+        Of :class:`Suppress`, :class:`Freeze`, :class:`RandomNoise`, :class:`Shuffle`, :class:`SkipAttention`,
+        :class:`Inject`, or of one's own (:class:`Operation`).
 
     Raises
     ------
@@ -61,7 +62,7 @@ def intervene(
     ...     logits = model(**attention.inputs).logits
     """
     for operation in operations:
-        if not hasattr(operation, "bind"):
+        if isinstance(operation, type) or not hasattr(operation, "bind"):
             raise LeattnError(
                 "an operation is Suppress, Freeze, RandomNoise, Shuffle, SkipAttention, Inject or one of your own with a "
                 f"method bind(subject), not {operation!r}"
@@ -89,7 +90,7 @@ def _applied(attention: Block, operations: tuple[Operation, ...]) -> Iterator[Bl
     subject = Subject(attention.prompts, attention.columns, len(layers), record.base.config.num_attention_heads)
     bound = [operation.bind(subject) for operation in operations]
     if changing := doing(bound, "scores"):
-        attention.wrap(ChangedScores(changing), "Suppress", "scores")
+        attention.wrap(ChangedScores(changing), "a change of attention scores", "scores")
     with ExitStack() as stack:
         if editors := doing(bound, "edit"):
             for number, layer in enumerate(layers):

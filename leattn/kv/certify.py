@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from leattn.attention.attend import prepare
 from leattn.attention.block import follow
 from leattn.attention.probe import probing, sample, sample_tokens
 from leattn.errors import BackendError, LeattnWarning
 from leattn.kv.entry import NodeKV, node_kv
+from leattn.model.cache import full_length_cache
 from leattn.model.record import Model
 from leattn.model.turns import Turn, possible_turns
 from leattn.prompt.compile import CompiledPrompt
@@ -158,7 +158,7 @@ def _moved_difference(turn: Turn | None, stored: Tensor, expected: Tensor, old: 
 
 def _run(model: Any, record: Model, prompt: CompiledPrompt) -> tuple[dict[str, NodeKV], Tensor]:
     """The nodes of a cold run, by name, and the logits of all tokens, ``[S, V]``."""
-    cache = DynamicCache()
+    cache = full_length_cache(None)
     with follow(prepare(model, record, prompt)) as attention:
         output = model(**attention.inputs, use_cache=True, past_key_values=cache)
     starts = prompt.position_ids[0].tolist()
@@ -170,7 +170,7 @@ def _resume(model: Any, record: Model, prompt: CompiledPrompt, stored: dict[str,
     """The logits of ``child``, computed from a cache that is put together from stored nodes, ``[n, V]``."""
     first, last = prompt["child"].span
     before = [stored[prompt.graph.name(node)] for node, span in prompt.spans.items() if span[1] <= first]
-    cache = DynamicCache()
+    cache = full_length_cache(None)
     for layer in range(len(before[0].keys)):
         keys, values = (torch.cat([getattr(kv, part)[layer] for kv in before], 1)[None] for part in ("keys", "values"))
         cache.update(keys, values, layer)

@@ -75,6 +75,11 @@ class Model:
         return str(next((name for one, name in self.originals if one is config), config._attn_implementation))
 
     @property
+    def runs_on(self) -> str:
+        """The attention implementation that the model has at this moment."""
+        return str(self.base.config._attn_implementation)
+
+    @property
     def _embeddings(self) -> Tensor:
         return cast(Tensor, self.base.get_input_embeddings().weight)
 
@@ -135,7 +140,11 @@ class Model:
     @property
     def checkpoints(self) -> bool:
         """Whether it is in training with gradient checkpointing, which runs layers again in backward."""
-        return bool(self.base.training and getattr(self.base, "is_gradient_checkpointing", False))
+        base = self.base
+        # The older name, gone in transformers 6, warns in releases that have both.
+        names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+        name = next((name for name in names if hasattr(type(base), name)), "")
+        return bool(base.training and getattr(base, name, False))
 
     @property
     def drops(self) -> bool:

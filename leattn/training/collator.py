@@ -99,9 +99,9 @@ class Collator:
         """Where masks are made, after making sure that they are the ones the model takes."""
         base = self._base()
         made_for = self.form.implementation
-        if base is not None and base.config._attn_implementation != made_for:
+        if base is not None and Model.of(base).runs_on != made_for:
             raise BackendError(
-                f"this collator was made for {made_for!r} and the model runs {base.config._attn_implementation!r} now, which "
+                f"this collator was made for {made_for!r} and the model runs {Model.of(base).runs_on!r} now, which "
                 "takes other masks; make the collator after model.set_attn_implementation"
             )
         if self.form.backend.name != "flex":
