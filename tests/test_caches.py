@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
 from models import BACKENDS, REFUSED, make_model, shared_model
 from oracles import positions, relation, row_mask, row_positions
-from test_generation import assert_equal_up_to_ties, fan
+from test_generation import assert_equal_up_to_ties
 from transformers import StaticCache
 
 from leattn import GenNode, ICLNode, KVStore, LeattnError, attend, compile_prompt, generate
@@ -26,18 +27,25 @@ def _uncompiled_flex():
         yield
 
 
+def fan(ids, cuts):
+    """A root, documents that see it, the last one also the one before it, which the question at the end does not see."""
+    root, *documents, question = (ids[first:last] for first, last in itertools.pairwise((0, *cuts, len(ids))))
+    root = ICLNode(root, id="root")
+    documents = [ICLNode(part, [root], id=f"doc{i}") for i, part in enumerate(documents[:-1])] + [documents[-1]]
+    documents[-1] = ICLNode(documents[-1], [root, documents[-2]], id="last")
+    return compile_prompt(ICLNode(question, [root, *documents[:-2], documents[-1]], id="Q"))
+
+
 @functools.cache
-def every_token(seed=0):
+def every_token():
     """A fan that holds each of the model's tokens, so that whatever is generated can be looked up in it."""
-    ids = torch.randperm(100, generator=torch.Generator().manual_seed(seed)).tolist()
-    root = ICLNode(ids[:9], id="root")
-    documents = [ICLNode(part, [root], id=f"doc{i}") for i, part in enumerate((ids[9:30], ids[30:60], ids[60:92]))]
-    return compile_prompt(ICLNode(ids[92:], [root, *documents], id="Q"))
+    return fan(torch.randperm(100, generator=torch.Generator().manual_seed(0)).tolist(), (9, 30, 60, 92))
 
 
 @functools.cache
-def small_fan(seed=0, siblings=3):
-    return fan(seed, siblings)
+def small_fan(seed=0, documents=3):
+    cuts = list(itertools.accumulate([2, *range(3, 3 + documents)]))
+    return fan(torch.randint(2, 100, (cuts[-1] + 3,), generator=torch.Generator().manual_seed(seed)).tolist(), cuts)
 
 
 def next_logits(model, prompt, new):
@@ -166,7 +174,7 @@ def test_an_assistant_that_guesses_right_saves_forwards(backend):
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "sparse", "auto"])
 @pytest.mark.parametrize("family", FULL)
 def test_a_static_cache_holds_a_padded_batch_of_graphs(family, backend):
-    model, prompts = shared_model(family), [small_fan(1, 1), small_fan(2, 4)]
+    model, prompts = shared_model(family), [small_fan(1, 2), small_fan(2, 4)]
     with Watch(model) as watch:
         results = generate(model, prompts, backend=backend, max_new_tokens=NEW, cache_implementation="static")
     assert watch.caches == {"StaticCache"}
@@ -216,8 +224,8 @@ def test_a_static_cache_that_the_checkpoint_asks_for(backend):
 def test_programs_have_a_cache_of_their_own_whatever_the_checkpoint_asks_for(stored):
     model, prompt = make_model("llama"), small_fan()
     model.generation_config.cache_implementation = "static"
-    root, *documents, question = prompt.graph.nodes
-    answer = GenNode(question.content, [root, *documents], "answer", max_new_tokens=NEW)
+    question = prompt.graph["Q"]
+    answer = GenNode(question.content, question.parents, "answer", max_new_tokens=NEW)
     options = {"kv_store": KVStore()} if stored else {}
     for _ in range(2):
         written = generate(model, answer, **options)
