@@ -190,7 +190,7 @@ def _open(block: Block) -> None:
             base, record.originals = record.base, record.implementations()
             before = base.register_forward_pre_hook(_before, with_kwargs=True, prepend=True)
             record.handles = (before, base.register_forward_hook(_after, always_call=True))
-        registry.acquire(name, _answer)
+        registry.acquire(name, _answer, record.base.config)
         record.blocks.append(block)
         try:
             record.switch(name)
@@ -204,7 +204,7 @@ def _close(block: Block) -> None:
     record = block.record
     with record.lock:
         record.blocks.remove(block)
-        registry.release(block.implementation)
+        registry.release(block.implementation, record.base.config)
         if record.blocks:
             record.switch(record.blocks[-1].implementation)
             return
@@ -222,6 +222,7 @@ def standing_needs(record: Model, wants_weights: bool | None = None) -> set[Need
     return needs
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # contexts and locks are no matter for a compiler
 def _before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before the backbone runs: find the block this call belongs to, check its input, fill in positions, choose a backend."""
     block = next((block for block in reversed(_blocks.get()) if block.record.base is module), None)
@@ -254,6 +255,7 @@ def _before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     return (), prepared
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _after(module: Any, _args: tuple[Any, ...], output: Any) -> None:
     """After the backbone ran, also after an exception: forget the forward, and make sure that a mask was asked for."""
     active = _forwards.get()
@@ -267,6 +269,7 @@ def _after(module: Any, _args: tuple[Any, ...], output: Any) -> None:
         )
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _answer(config: Any, plain: Callable[[], Any] | None, padding: Tensor | None, **asked: Any) -> Any:
     """What our mask functions say: transformers' own mask unless the model at hand is following a graph."""
     active = _forwards.get()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from leattn.attention.backends import refusal
 from leattn.attention.block import Block, check_not_in_use, follow
-from leattn.attention.request import Backend
+from leattn.attention.request import NEEDS, Backend
 from leattn.dag.node import ICLNode
 from leattn.errors import BackendError
 from leattn.model.record import Model
@@ -101,11 +102,14 @@ def _probe(model: Any, record: Model, backend: Backend, *, native: bool) -> str 
     vocabulary = record.facts.vocabulary
     tokens = sample_tokens(vocabulary)
 
+    # Weights that the config asks for are of no use here, and no reason to refuse.
+    willing = replace(backend, carries=tuple(NEEDS))
+
     def changed(name: str) -> dict[str, list[int]]:
         return {**tokens, name: [(token + 1) % vocabulary for token in tokens[name]]}
 
     def logits(prompt: CompiledPrompt) -> dict[str, Tensor]:
-        block = Block(record, columns_of([prompt], record.device), [backend], native=native)
+        block = Block(record, columns_of([prompt], record.device), [willing], native=native)
         with follow(block) as attention:
             output = model(**attention.inputs, use_cache=False)
         found = output.logits if hasattr(output, "logits") else output.last_hidden_state

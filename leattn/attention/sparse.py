@@ -76,6 +76,7 @@ class SparseAttention:
         """All prompts at once, for CUDA."""
         return varlen.Packed(self.stretches, self.request.repeats, self.request.queries, self.request.device)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # many small calls, planned already
     def __call__(
         self,
         module: torch.nn.Module | None,

@@ -144,7 +144,8 @@ class Model:
         # The older name, gone in transformers 6, warns in releases that have both.
         names = ("is_activation_checkpointing", "is_gradient_checkpointing")
         name = next((name for name in names if hasattr(type(base), name)), "")
-        return bool(base.training and getattr(base, name, False))
+        with self.lock:  # a probe, which holds it, has the model in evaluation mode
+            return bool(base.training and getattr(base, name, False))
 
     @property
     def drops(self) -> bool:
@@ -207,4 +208,5 @@ def _backbone(model: Any) -> PreTrainedModel:
     if module.config.is_encoder_decoder:
         raise BackendError(f"{type(module).__name__} has an encoder; a graph is followed by decoder-only models")
     # Some heads call past their base model (OPT calls base_model.decoder), so that a hook there would never run.
-    return cast(PreTrainedModel, module.get_decoder())  # type: ignore[no-untyped-call]
+    decoder = module.get_decoder()  # type: ignore[no-untyped-call]
+    return decoder if isinstance(decoder, PreTrainedModel) else cast(PreTrainedModel, module.base_model)

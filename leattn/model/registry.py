@@ -25,30 +25,32 @@ Answer = Callable[..., Any]
 """Called with ``config``, ``plain`` (what transformers would answer; None under our own name) and what the mask is for."""
 
 _lock = threading.Lock()
-_users: dict[str, int] = {}
+_users: dict[str, list[Any]] = {}
 _originals: dict[str, Callable[..., Any]] = {}
 
 
-def acquire(implementation: str, answer: Answer) -> None:
-    """Have masks of an implementation answered by ``answer``; goes with one :func:`release`."""
+def acquire(implementation: str, answer: Answer, config: Any) -> None:
+    """Have masks for models of a config answered by ``answer``; goes with one :func:`release`."""
     with _lock:
-        _users[implementation] = _users.get(implementation, 0) + 1
-        if _users[implementation] > 1:
+        users = _users.setdefault(implementation, [])
+        users.append(config)
+        if len(users) > 1:
             return
         if implementation == OURS:
             AttentionInterface.register(OURS, _attention)
-            AttentionMaskInterface.register(OURS, _mask_function(None, answer))
+            AttentionMaskInterface.register(OURS, _mask_function(None, answer, users))
         else:
             original = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
             _originals[implementation] = original
-            AttentionMaskInterface.register(implementation, _mask_function(original, answer))
+            AttentionMaskInterface.register(implementation, _mask_function(original, answer, users))
 
 
-def release(implementation: str) -> None:
+def release(implementation: str, config: Any) -> None:
     """Undo one :func:`acquire`; the last one leaves the registries as they were."""
     with _lock:
-        _users[implementation] -= 1
-        if _users[implementation]:
+        users = _users[implementation]
+        del users[next(i for i, one in enumerate(users) if one is config)]
+        if users:
             return
         del _users[implementation]
         if implementation == OURS:
@@ -81,7 +83,7 @@ def _attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tenso
     return attention_mask(module, query, key, value, **kwargs)
 
 
-def _mask_function(original: Callable[..., Any] | None, answer: Answer) -> Callable[..., Any]:
+def _mask_function(original: Callable[..., Any] | None, answer: Answer, users: list[Any]) -> Callable[..., Any]:
     def mask_function(
         batch_size: int,
         q_length: int,
@@ -99,6 +101,8 @@ def _mask_function(original: Callable[..., Any] | None, answer: Answer) -> Calla
             offsets = {"q_offset": q_offset, "kv_offset": kv_offset, "attention_mask": attention_mask}
             return original(**sizes, **offsets, **named, **kwargs)
 
+        if original is not None and not any(one is kwargs.get("config") for one in users):
+            return plain()  # another model: nothing here that a compiler could not trace
         first = int(q_offset)
         return answer(
             kwargs.get("config"),
