@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import oracles
 import pytest
 import torch
@@ -164,8 +165,8 @@ def test_block_counts_of_a_stretch_of_queries(graph, block, data):
 def test_packed_rows(graph, extra):
     visible = compile_prompt(graph).visible
     width = len(visible) + extra
-    packed = masks.packed_rows(visible, width)
-    assert packed.dtype == torch.int32
+    packed = visible.packed(width)
+    assert packed.dtype == np.int32
     assert packed.shape == (len(visible), -(-width // 32))
     for i, node in enumerate(graph.nodes):
         bits = {j for j in range(packed.shape[1] * 32) if packed[i, j // 32].item() >> (j % 32) & 1}

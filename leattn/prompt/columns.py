@@ -205,6 +205,15 @@ class Columns:
         """Whether this is what the model would do anyway: causal, unpadded, positions that count by one."""
         return self.width > 0 and not any(self.padding) and all(map(_is_plain, self.rows))
 
+    @cached_property
+    def seen_bits(self) -> Tensor:
+        """One bit per pair of nodes, ``[P, N, ceil(N / 32)]`` int32: row i has those that node i sees, lowest bit first."""
+        nodes = max(len(row.visible) for row in self.rows) + 1
+        bits = np.zeros((len(self.rows), nodes, -(-nodes // 32)), np.int32)
+        for packed, row in zip(bits, self.rows, strict=True):
+            packed[: len(row.visible)] = row.visible.packed(nodes)
+        return torch.from_numpy(bits).to(self.device)
+
     def repeats(self, rows: int) -> int:
         """How many rows of a model's input (beams, return sequences) each row has.
 
@@ -273,7 +282,9 @@ def clipped(stretches: Sequence[Stretch], queries: range) -> list[Stretch]:
         if stretch.start >= queries.stop:
             break
         start, stop = max(stretch.start, queries.start), min(stretch.stop, queries.stop)
-        if start < stop:
+        if (start, stop) == (stretch.start, stretch.stop):
+            found.append(stretch)
+        elif start < stop:
             seen = stretch.seen if start == stretch.start else merge([*stretch.seen, (stretch.start, start)])
             found.append(Stretch(start, stop, seen))
     return found

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from leattn.prompt.columns import Columns, Stretch
-from leattn.prompt.visible import Visible
 
 MaskMod: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 IntArray: TypeAlias = npt.NDArray[np.int64]
@@ -34,11 +33,7 @@ def column_mask_mod(columns: Columns, queries: range, keys: int, *, repeats: int
     """
     width = max(keys, queries.stop) + 1
     node_of = torch.from_numpy(np.stack([row.nodes(width) for row in columns.rows])).to(columns.device)  # [P, width]
-    nodes = max(len(row.visible) for row in columns.rows) + 1
-    seen = torch.zeros(len(columns.rows), nodes, -(-nodes // 32), dtype=torch.int32)
-    for bits, row in zip(seen, columns.rows, strict=True):
-        bits[: len(row.visible)] = packed_rows(row.visible, nodes)
-    seen = seen.to(columns.device)
+    seen = columns.seen_bits
     nobody = torch.tensor([len(row.visible) for row in columns.rows], device=columns.device)
     positions = columns.positions(range(width))
     first, last = queries.start, width - 1
@@ -55,24 +50,6 @@ def column_mask_mod(columns: Columns, queries: range, keys: int, *, repeats: int
         return allowed
 
     return dag_mask
-
-
-def packed_rows(visible: Visible, width: int) -> Tensor:
-    """Row i holds one bit per node that node i sees: ``[N, ceil(width / 32)]`` int32, lowest bit first."""
-    words = -(-width // 32)
-    node, start, stop = visible.flat()
-    packed = np.zeros((len(visible), words * 4), np.uint8)
-    chunk = max(1, (1 << 21) // (words * 32 + 1))  # at most 2 MB of unpacked rows at a time
-    first = np.searchsorted(node, np.arange(len(visible) + 1))
-    for low in range(0, len(visible), chunk):
-        high = min(low + chunk, len(visible))
-        steps = np.zeros((high - low, words * 32 + 1), np.int8)
-        part = slice(first[low], first[high])
-        # Runs of one node never touch, so no cell is written twice.
-        steps[node[part] - low, start[part]] = 1
-        steps[node[part] - low, stop[part]] = -1
-        packed[low:high] = np.packbits(steps[:, :-1].cumsum(1, dtype=np.int8).astype(bool), axis=1, bitorder="little")
-    return torch.from_numpy(packed.view(np.int32))
 
 
 def block_counts(stretches: Sequence[Stretch], queries: range, keys: int, block: int) -> IntArray:

@@ -34,14 +34,14 @@ class Scheme:
         Whether what continues one sink would stand at the positions of another.
     """
 
-    starts: StartsOf
+    starts: StartsOf | None
     known_before_writing: bool = False
     branches_collide: bool = False
 
 
 Positions: TypeAlias = Literal["after_parents", "sequential", "restart"] | StartsOf | Scheme
 SCHEMES = {
-    "after_parents": Scheme(lambda _graph, _lengths: None, known_before_writing=True),
+    "after_parents": Scheme(None, known_before_writing=True),
     "sequential": Scheme(lambda _graph, lengths: [0, *np.cumsum(list(lengths.values())[:-1]).tolist()], branches_collide=True),
     "restart": Scheme(lambda graph, _lengths: [0] * len(graph), known_before_writing=True),
 }
@@ -133,7 +133,7 @@ def pinned_start(graph: ICLGraph, node: ICLNode, length: int) -> int | None:
 
 def given_starts(graph: ICLGraph, lengths: Sequence[int], scheme: Scheme) -> list[int] | None:
     """What a scheme says, in layout order, apart from pins; None where nodes start after what they see."""
-    given = scheme.starts(graph, dict(zip(graph.nodes, lengths, strict=True)))
+    given = None if scheme.starts is None else scheme.starts(graph, dict(zip(graph.nodes, lengths, strict=True)))
     if given is None:
         return None
     if isinstance(given, Mapping):

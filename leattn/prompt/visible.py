@@ -64,6 +64,24 @@ class Visible:
         bounds = np.array([bound for runs in self.runs for run in runs for bound in run], dtype=np.int64).reshape(-1, 2)
         return np.repeat(np.arange(len(self.runs)), counts), bounds[:, 0], bounds[:, 1]
 
+    def packed(self, width: int) -> npt.NDArray[np.int32]:
+        """Row i holds one bit per node that node i sees: ``[N, ceil(width / 32)]`` int32, lowest bit first."""
+        words = -(-width // 32)
+        node, start, stop = self.flat()
+        packed = np.zeros((len(self), words * 4), np.uint8)
+        chunk = max(1, (1 << 21) // (words * 32 + 1))  # at most 2 MB of unpacked rows at a time
+        first = np.searchsorted(node, np.arange(len(self) + 1))
+        for low in range(0, len(self), chunk):
+            high = min(low + chunk, len(self))
+            steps = np.zeros((high - low, words * 32 + 1), np.int8)
+            part = slice(first[low], first[high])
+            # Runs of one node never touch, so no cell is written twice.
+            steps[node[part] - low, start[part]] = 1
+            steps[node[part] - low, stop[part]] = -1
+            packed[low:high] = np.packbits(steps[:, :-1].cumsum(1, dtype=np.int8).astype(bool), axis=1, bitorder="little")
+        words_of: npt.NDArray[np.int32] = packed.view(np.int32)
+        return words_of
+
 
 def merge(runs: Sequence[Run]) -> tuple[Run, ...]:
     """Sorted, disjoint runs that cover the same indices.
