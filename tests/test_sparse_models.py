@@ -204,3 +204,23 @@ print(peak() - before)
 """
     grown = int(subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True).stdout)
     assert grown < 100_000  # in kB
+
+
+def test_what_is_kept_of_a_prompt_is_of_the_run_that_decodes():
+    """In one block: decode, change the weights, run the prompt again and decode. What was gathered before is of no use now."""
+    model = make_model("llama")
+    documents = parallel([[5, 6, 7], [8, 9], [3] * 4], [ICLNode([2], id="root")])
+    prompt = compile_prompt(ICLNode([4, 5], documents, id="Q")).without_edge("Q", documents[1])
+
+    def decoded():
+        prefill = model(**attention.inputs, use_cache=True)
+        return model(torch.tensor([[7]]), past_key_values=prefill.past_key_values, use_cache=True).logits
+
+    with torch.no_grad():
+        with leattn.attend(model, prompt, backend="sparse") as attention:
+            first = decoded()
+            model.model.embed_tokens.weight.mul_(-0.5)
+            second = decoded()
+        with leattn.attend(model, prompt, backend="eager") as attention:
+            torch.testing.assert_close(second, decoded(), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(first, second, atol=1e-2)
