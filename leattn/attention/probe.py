@@ -128,10 +128,8 @@ def _probe(model: Any, record: Model, backend: Backend, *, native: bool) -> str 
     except BackendError as error:
         return str(error)
     except CLASHES as error:
-        what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        if native:
-            return f"a forward on a small graph fails with {what}"
-        return f"its code calculates with the mask, which is no tensor on this backend ({what})"
+        hint = "" if native else " (its code may calculate with the mask, which is no tensor on this backend)"
+        return f"a forward on a small graph fails with {type(error).__name__}: {str(error).partition(chr(10))[0]}{hint}"
 
     # What must not change may change by rounding; what must change moves by more than that.
     scale = float(base["child"].abs().max()) or 1.0
