@@ -306,6 +306,20 @@ def test_an_operation_on_what_attention_adds_equals_plain_hooks(family, backend)
     assert not torch.allclose(hooked, model(ids).logits[0], atol=1e-2)
 
 
+def test_a_backend_on_an_implementation_that_nobody_has_leaves_the_model_clean():
+    model = make_model("llama")
+    state, ids = traces(model), torch.arange(2, 12)[None]
+    before = model(ids).logits
+
+    def broken(request):
+        raise TypeError("nothing to give")
+
+    with pytest.raises(BackendError, match="transformers has no masks for the implementation 'nowhere'; it has them for "):
+        leattn.forward(model, fan(), backend=Backend("broken", attention=broken, implementation="nowhere"))
+    assert traces(model) == state
+    assert torch.equal(model(ids).logits, before)
+
+
 def test_a_backend_whose_attention_has_no_mask_cannot_carry_changed_scores():
     claims = Backend("claims", attention=textbook, carries=("scores",))
     with (

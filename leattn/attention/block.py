@@ -186,11 +186,11 @@ def _open(block: Block) -> None:
     record, name = block.record, block.implementation
     with record.lock:
         check_not_in_use(record, name)
+        registry.acquire(name, _answer, record.base.config)  # first: it may refuse, and nothing is hooked yet
         if not record.blocks:
             base, record.originals = record.base, record.implementations()
             before = base.register_forward_pre_hook(_before, with_kwargs=True, prepend=True)
             record.handles = (before, base.register_forward_hook(_after, always_call=True))
-        registry.acquire(name, _answer, record.base.config)
         record.blocks.append(block)
         try:
             record.switch(name)

@@ -23,8 +23,8 @@ from leattn.prompt.compile import CompiledPrompt, columns_of, compile_prompt
 CLASHES = (TypeError, AttributeError, LookupError, NotImplementedError, RuntimeError, ValueError)
 """What a family's code raises when a mask is not what it calculates with."""
 
-
 LENGTHS = {"root": 4, "left": 5, "right": 3, "other": 2, "child": 4, "tail": 3}
+"""Tokens of the nodes of :func:`sample`."""
 
 
 def sample_tokens(vocabulary: int) -> dict[str, list[int]]:

@@ -30,8 +30,17 @@ _originals: dict[str, Callable[..., Any]] = {}
 
 
 def acquire(implementation: str, answer: Answer, config: Any) -> None:
-    """Have masks for models of a config answered by ``answer``; goes with one :func:`release`."""
+    """Have masks for models of a config answered by ``answer``; goes with one :func:`release`.
+
+    Raises
+    ------
+    BackendError
+        Transformers has no such implementation; nothing was changed.
+    """
     with _lock:
+        if implementation not in (OURS, *ALL_MASK_ATTENTION_FUNCTIONS):
+            known = ", ".join(map(repr, sorted(ALL_MASK_ATTENTION_FUNCTIONS)))
+            raise BackendError(f"transformers has no masks for the implementation {implementation!r}; it has them for {known}")
         users = _users.setdefault(implementation, [])
         users.append(config)
         if len(users) > 1:
