@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +27,13 @@ class Capability:
 
 @dataclass(frozen=True)
 class ModelReport:
-    """What :func:`leattn.check_model` found. Prints as a table."""
+    """What :func:`leattn.check_model` found, in ``seconds``. Prints as a table."""
 
     model: str
     implementation: str
     facts: Facts
     capabilities: tuple[Capability, ...]
+    seconds: float
 
     def __getitem__(self, name: str) -> Capability:
         for capability in self.capabilities:
@@ -43,25 +46,41 @@ class ModelReport:
         """Whether the model can follow a graph on at least one backend."""
         return any(c.works for c in self.capabilities if c.name in BACKENDS)
 
-    def __str__(self) -> str:
-        width = max(len(capability.name) for capability in self.capabilities)
-        lines = [f"{self.model} (loaded with {self.implementation})"]
+    @property
+    def _title(self) -> str:
+        verdict = "can follow a graph" if self.ok else "cannot follow a graph"
+        return f"{self.model}, loaded with {self.implementation}, {verdict} (found out in {self.seconds:.1f} s)"
+
+    @property
+    def _rows(self) -> list[tuple[str, str, str]]:
+        """Capability, yes or no, and why; a reason that holds for several in a row is said once."""
+        rows: list[tuple[str, str, str]] = []
+        said = ""
         for capability in self.capabilities:
-            reason = f"  {capability.reason}" if capability.reason else ""
-            lines.append(f"  {capability.name:<{width}}  {'yes' if capability.works else 'no '}{reason}".rstrip())
+            reason = "as above" if capability.reason and capability.reason == said else capability.reason
+            rows.append((capability.name, "yes" if capability.works else "no", reason))
+            said = capability.reason
+        return rows
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _, _ in self._rows)
+        lines = [self._title]
+        for name, answer, reason in self._rows:
+            front = f"  {name:<{width}}  {answer:<3}  "
+            lines.append(textwrap.fill(front + reason, 100, subsequent_indent=" " * len(front)).rstrip())
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        rows = [(c.name, "yes" if c.works else "no", c.reason) for c in self.capabilities]
-        return html_table([], rows, caption=self.model)
+        return html_table(["", "works", "why"], self._rows, caption=self._title)
 
 
 def check_model(model: Any) -> ModelReport:
     """What this model can do with graphs, and why not where it cannot; found out once per model, by trying.
 
-    Five tiny forwards tell whether the mask is asked for and obeyed, whether positions come from ``position_ids`` and not from
-    the index in the sequence, and whether state leaks around attention; a few more, whether stored keys and values may be used
-    again, at the same and at other positions. ``attend``, ``generate`` and a ``KVStore`` ask by themselves.
+    Two plain forwards and seven on small graphs per backend tell whether attention is causal, whether plain text as a graph
+    gives what the model gives by itself, whether the mask is asked for and obeyed, whether positions come from ``position_ids``
+    and not from the index in the sequence, and whether state leaks around attention; a few more, whether stored keys and values
+    may be used again, at the same and at other positions. ``attend``, ``generate`` and a ``KVStore`` ask by themselves.
 
     Examples
     --------
@@ -70,6 +89,7 @@ def check_model(model: Any) -> ModelReport:
     >>> leattn.check_model(model)["sdpa"].works
     True
     """
+    started = time.perf_counter()
     record = Model.of(model)
     facts = record.facts
     found = []
@@ -91,11 +111,14 @@ def check_model(model: Any) -> ModelReport:
         found.append(Capability(name, reason is None, reason or ""))
     if facts.windowed:
         found.append(Capability("windows", works, "measured in positions, with a full-length cache" if works else why))
+    if facts.index_limit is not None:
+        found.append(Capability("length", works, f"up to {facts.index_limit} tokens: past that attention depends on the index"))
     if facts.rope_limit is not None:
         found.append(Capability("positions", works, f"below {facts.rope_limit}: past it rotary angles depend on the length"))
     elif facts.position_limit is not None:
         found.append(Capability("positions", works, f"below {facts.position_limit}, the size of the position table"))
-    return ModelReport(f"{type(model).__name__} ({facts.family})", record.implementation, facts, tuple(found))
+    name = f"{type(model).__name__} ({facts.family})"
+    return ModelReport(name, record.implementation, facts, tuple(found), time.perf_counter() - started)
 
 
 def _skip_refusal(record: Model) -> str | None:

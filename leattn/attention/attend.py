@@ -134,7 +134,7 @@ def block_for(model: Any, record: Model, columns: Columns, backend: str | Backen
         if reason is None:
             native = native or checkpoints
             backends = [one] if native or not is_auto else [one, *(other for other in order if other is not one)]
-            block = Block(record, columns, backends, serves=serves, native=native, needs=frozenset(needs), user=user)
+            block = Block(record, model, columns, backends, serves=serves, native=native, needs=frozenset(needs), user=user)
             if len(backends) > 1:
                 block.backend = block.decide(block.needs | standing_needs(record))
             return block

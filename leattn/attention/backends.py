@@ -44,11 +44,13 @@ def refusal(backend: Backend, record: Model) -> str | None:
             "it carries a recurrent state from token to token, which leaks past any attention mask; "
             "use a model whose layers are all attention"
         )
-    if not facts.takes_positions or facts.family == "gpt_neo":
+    if not facts.takes_positions:
         return (
-            "its attention depends on the index in the sequence (ALiBi, or windows by index), which a graph's positions cannot "
-            "reach; use a model with rotary or learned positions"
+            "its forward takes no position_ids, so its attention depends on the index in the sequence, which a graph's "
+            "positions cannot reach; use a model that takes them"
         )
+    if facts.windows_by_index:
+        return "it cuts windows by index, not by position, in its local layers; use one with full or sliding-window attention"
     if facts.chunked:
         return "its chunked attention cuts by index, not by position; use a model with full or sliding-window attention"
     if backend.device not in (None, record.device.type):

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from leattn.attention.around import wrapped_attention
 from leattn.attention.call import by_name, hides_tokens, prepared_call
-from leattn.attention.request import Backend, LayerAttention, Need, Request
+from leattn.attention.request import Backend, LayerAttention, Need, Request, UnderMask
 from leattn.errors import BackendError
 from leattn.model import registry
-from leattn.model.record import Model
+from leattn.model.record import Model, check_plain_text
 from leattn.prompt.columns import Columns
 from leattn.prompt.compile import CompiledPrompt
 
@@ -54,9 +54,12 @@ class Block:
         so that it is asked for there too.
     queries
         The columns of the running forward's tokens.
+    embedded
+        Whether ``inputs_embeds`` of the running forward are the caller's.
     """
 
     record: Model
+    model: Any
     columns: Columns
     backends: Sequence[Backend]
     prompts: tuple[CompiledPrompt, ...] = ()
@@ -71,9 +74,11 @@ class Block:
     forwards: int = 0
     computed: int = 0
     queries: range = range(0)
+    embedded: bool = True
     padding_hides: bool = False
     masks_asked: int = 0
     kept: dict[Any, Any] = field(default_factory=dict)
+    handles: tuple[Any, ...] = ()
     _cache: Callable[[], Any] = lambda: None
 
     def __post_init__(self) -> None:
@@ -147,6 +152,20 @@ _forwards: ContextVar[tuple[Block, ...]] = ContextVar("leattn_forwards", default
 """The forward passes around the current code, each as the block that it follows."""
 
 
+_unfollowed: ContextVar[Any] = ContextVar("leattn_unfollowed", default=None)
+"""The config of a model whose forwards run as if no block were open on it."""
+
+
+@contextmanager
+def unfollowed(record: Model) -> Iterator[None]:
+    """Inside, the model runs by itself, whatever blocks are open on it."""
+    before = _unfollowed.set(record.base.config)
+    try:
+        yield
+    finally:
+        _unfollowed.reset(before)
+
+
 @contextmanager
 def follow(block: Block) -> Iterator[Block]:
     """Open a block, without any check of whether the model can do it."""
@@ -192,6 +211,10 @@ def _open(block: Block) -> None:
             before = base.register_forward_pre_hook(_before, with_kwargs=True, prepend=True)
             record.handles = (before, base.register_forward_hook(_after, always_call=True))
         record.blocks.append(block)
+        outer = record.around(block.model)
+        if outer is not None:
+            around = partial(_before_outer, block)
+            block.handles = (outer.register_forward_pre_hook(around, with_kwargs=True, prepend=True),)
         try:
             record.switch(name)
         except BaseException:
@@ -204,6 +227,8 @@ def _close(block: Block) -> None:
     record = block.record
     with record.lock:
         record.blocks.remove(block)
+        for handle in block.handles:
+            handle.remove()
         registry.release(block.implementation, record.base.config)
         if record.blocks:
             record.switch(record.blocks[-1].implementation)
@@ -222,9 +247,20 @@ def standing_needs(record: Model, wants_weights: bool | None = None) -> set[Need
     return needs
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _before_outer(block: Block, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a wrapper runs, which calls the backbone with embeddings: what it was given itself."""
+    if innermost(block.record) is block and _unfollowed.get() is not block.record.base.config:
+        call = by_name(module, args, kwargs)
+        check_plain_text(module, call)
+        block.embedded = call.get("inputs_embeds") is not None
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # contexts and locks are no matter for a compiler
 def _before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before the backbone runs: find the block this call belongs to, check its input, fill in positions, choose a backend."""
+    if _unfollowed.get() is module.config:
+        return args, kwargs
     block = next((block for block in reversed(_blocks.get()) if block.record.base is module), None)
     if block is None:
         raise BackendError(
@@ -241,7 +277,7 @@ def _before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
         )
     call = by_name(module, args, kwargs)
     needs = {*block.needs, *standing_needs(record, call.get("output_attentions"))}
-    prepared, block.queries = prepared_call(record, block.columns, block.prompts, call)
+    prepared, block.queries = prepared_call(record, block.columns, block.prompts, call, embedded=block.embedded)
     tokens = len(prepared["attention_mask"]) * len(block.queries)
     block.padding_hides = hides_tokens(block.columns, prepared["attention_mask"])
     if block.padding_hides:
@@ -270,9 +306,17 @@ def _after(module: Any, _args: tuple[Any, ...], output: Any) -> None:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _answer(config: Any, plain: Callable[[], Any] | None, padding: Tensor | None, **asked: Any) -> Any:
+def _answer(config: Any, plain: Callable[[], Any], padding: Tensor | None, *, ours: bool, is_causal: bool, **asked: Any) -> Any:
     """What our mask functions say: transformers' own mask unless the model at hand is following a graph."""
     active = _forwards.get()
+    if _unfollowed.get() is config:
+        return UnderMask("eager", plain()) if ours else plain()
+    if not is_causal and any(block.record.base.config is config for block in _blocks.get()):
+        raise BackendError(
+            "it asks for a mask that is more than causal attention and windows (tokens of a picture that see each other, "
+            "attention in both directions), and the graph's would stand in its place; give it plain text, or a config with "
+            "causal attention"
+        )
     if active and active[-1].record.base.config is config:
         block = active[-1]
         block.masks_asked += 1
@@ -285,7 +329,7 @@ def _answer(config: Any, plain: Callable[[], Any] | None, padding: Tensor | None
     if not active and any(block.record.base.config is config for block in _blocks.get()):
         # ``generate`` with a static cache asks ahead; the forward asks again.
         return torch.ones(asked["rows"], asked["queries"].stop, device=asked["device"]) if padding is None else padding
-    if plain is None:
+    if ours:
         raise BackendError(
             "leattn's attention runs inside leattn.attend only; call model.set_attn_implementation('sdpa') first"
         )

@@ -29,16 +29,18 @@ def by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
 
 
 def prepared_call(
-    record: Model, columns: Columns, prompts: Sequence[CompiledPrompt], call: dict[str, Any]
+    record: Model, columns: Columns, prompts: Sequence[CompiledPrompt], call: dict[str, Any], *, embedded: bool
 ) -> tuple[dict[str, Any], range]:
     """The arguments of a backbone's call with the prompt's positions, a padding mask and a cache that keeps every key.
 
-    And the columns that its tokens stand in.
+    And the columns that its tokens stand in. ``embedded`` says that ``inputs_embeds``, if any, are the caller's, not a
+    wrapper's, which made them of ``input_ids``.
 
     Raises
     ------
     BackendError
-        Other tokens than the prompt's, a mask that is not padding, a cache that drops keys, a continuation of several sinks.
+        Other tokens than the prompt's, or embeddings of another number; positions that the prompt does not have; a mask that is
+        not padding; a cache that drops keys; a continuation of several sinks.
     """
     ids = call.get("input_ids")
     tokens = ids if ids is not None else call.get("inputs_embeds")
@@ -46,17 +48,28 @@ def prepared_call(
         raise BackendError("inside attend the model is called with input_ids (or inputs_embeds); it got neither")
     use_cache = call.get("use_cache")
     if record.facts.windowed and (record.base.config.use_cache if use_cache is None else use_cache):
-        call["past_key_values"] = full_length_cache(call.get("past_key_values"))
+        call["past_key_values"] = full_length_cache(call.get("past_key_values"), record.base.config)
     first, length, rows = cached_tokens(call.get("past_key_values")), tokens.shape[1], tokens.shape[0]
     queries = range(first, first + length)
     repeats = columns.repeats(rows)
     if ids is not None:
         _check_ids(columns, ids, first, repeats)
+    elif embedded and first < columns.width != queries.stop:
+        raise BackendError(
+            f"inputs_embeds of {length} tokens after {first} cached ones, and the prompts have {columns.width} columns; inside "
+            "attend they are the prompt's own, padding included"
+        )
+    record.facts.check_length(queries.stop)
     if queries.stop > columns.width:
         for prompt in prompts:
             if len(prompt.graph.sinks) > 1:
                 raise BackendError(several_sinks(prompt))
-    positions = columns.positions(queries)
+    given = call.get("position_ids")
+    if isinstance(given, Tensor) and given.dim() == 3 and bool((given != given[:1]).any()):
+        raise BackendError(
+            "position_ids in several dimensions (M-RoPE), which the nodes of a graph do not have; give it text alone"
+        )
+    positions = columns.positions(queries) + record.facts.first_position
     call["position_ids"] = (positions if repeats == 1 else positions.repeat_interleave(repeats, 0)).to(tokens.device)
     mask = call.get("attention_mask")
     if isinstance(mask, dict):  # made ahead, one for each layer type

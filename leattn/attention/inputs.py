@@ -56,7 +56,8 @@ class InputForm:
             request = Request(columns, len(prompts), every, len(every), window, self.dtype, device, may_skip=False)
             masks[kind] = self.backend.attention(request).mask  # type: ignore[attr-defined]
         mask = masks[""] if list(masks) == [""] else masks
-        return {"input_ids": columns.input_ids, "position_ids": columns.position_ids, "attention_mask": mask}
+        positions = columns.position_ids + self.facts.first_position
+        return {"input_ids": columns.input_ids, "position_ids": positions, "attention_mask": mask}
 
 
 def input_form(model: Any) -> InputForm:

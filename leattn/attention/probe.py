@@ -12,25 +12,27 @@ import torch
 from torch import Tensor
 
 from leattn.attention.backends import refusal
-from leattn.attention.block import Block, check_not_in_use, follow
+from leattn.attention.block import Block, check_not_in_use, follow, unfollowed
 from leattn.attention.request import NEEDS, Backend
 from leattn.dag.node import ICLNode
 from leattn.errors import BackendError
-from leattn.model.record import Model
+from leattn.model.facts import Facts
+from leattn.model.record import Model, variant
 from leattn.model.registry import OURS
 from leattn.prompt.compile import CompiledPrompt, columns_of, compile_prompt
-
-CLASHES = (TypeError, AttributeError, LookupError, NotImplementedError, RuntimeError, ValueError)
-"""What a family's code raises when a mask is not what it calculates with."""
 
 LENGTHS = {"root": 4, "left": 5, "right": 3, "other": 2, "child": 4, "tail": 3}
 """Tokens of the nodes of :func:`sample`."""
 
 
-def sample_tokens(vocabulary: int) -> dict[str, list[int]]:
-    """Random tokens for the nodes of :func:`sample`."""
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.randint(0, vocabulary, (n,), generator=generator).tolist() for name, n in LENGTHS.items()}
+def sample_tokens(facts: Facts) -> dict[str, list[int]]:
+    """Random tokens for the nodes of :func:`sample`; more of them where the config speaks of something that begins later."""
+    generator, times = torch.Generator().manual_seed(0), 1 + facts.threshold // LENGTHS["left"]
+    # Token 0 and its neighbours are specials of many families, padding for one, which some leave out.
+    low = min(3, facts.vocabulary - 1)
+    return {
+        name: torch.randint(low, facts.vocabulary, (n * times,), generator=generator).tolist() for name, n in LENGTHS.items()
+    }
 
 
 def sample(
@@ -73,13 +75,14 @@ def probing(model: Any, record: Model) -> Iterator[None]:
 def route(model: Any, record: Model, backend: Backend) -> tuple[str | None, bool]:
     """Why ``backend`` cannot run ``model``, or None if it can; and whether the model has to keep transformers' implementation.
 
-    Found out once per model and backend.
+    Found out once per model and backend, and again under another adapter, wrapper or dtype.
     """
     with record.lock:
-        if id(backend) not in record.routes:
+        which = (id(backend), variant(model))
+        if which not in record.routes:
             # The backend itself is kept, so that its id stays its own.
-            record.routes[id(backend)] = (backend, *_found_out(model, record, backend))
-        _, reason, native = record.routes[id(backend)]
+            record.routes[which] = (backend, *_found_out(model, record, backend))
+        _, reason, native = record.routes[which]
         return reason, native
 
 
@@ -87,20 +90,81 @@ def _found_out(model: Any, record: Model, backend: Backend) -> tuple[str | None,
     reason = refusal(backend, record)
     if reason is not None:
         return reason, False
+    plain = _plain(model, record)
+    if isinstance(plain, str):
+        return plain, False
     if record.facts.can_switch:
-        reason = _probe(model, record, backend, native=False)
+        reason = _probe(model, record, backend, plain, native=False)
         if reason is None:
             return None, False
     if backend.implementation is not None:
         # Families that compare the name of the implementation, or calculate with the mask.
-        reason = _probe(model, record, backend, native=True)
+        reason = _probe(model, record, backend, plain, native=True)
     return reason, reason is None
 
 
-def _probe(model: Any, record: Model, backend: Backend, *, native: bool) -> str | None:
-    """Five tiny forwards on graphs whose answers are known, whatever the weights are."""
+VOCABULARY = 1000
+"""Logits per token that a probe compares."""
+
+
+def _plain(model: Any, record: Model) -> Tensor | str:
+    """Logits ``[S, ≤ V]`` of the model's own forward of the nodes root, left, child and tail as plain text, or why not."""
+    which = variant(model)
+    if which not in record.plain:
+        record.plain[which] = _plain_logits(model, record)
+    found: Tensor | str = record.plain[which]
+    return found
+
+
+def _plain_logits(model: Any, record: Model) -> Tensor | str:
+    tokens = sample_tokens(record.facts)
+    ids = torch.tensor([[token for name in PLAIN for token in tokens[name]]], device=record.device)
+    other = ids.clone()
+    other[0, -1] = (other[0, -1] + 1) % record.facts.vocabulary
+    try:
+        with probing(model, record), unfollowed(record), _on_masks(record):
+            logits, changed = (_logits(model(input_ids=one, use_cache=False)) for one in (ids, other))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return f"its own forward of {ids.shape[1]} tokens of plain text fails with {in_words(error)}"
+    if logits.shape[:2] != ids.shape:
+        return (
+            f"{type(model).__name__} gives {list(logits.shape)} numbers for {ids.shape[1]} tokens, and leattn reads a row of "
+            "logits per token; load it as a causal language model, or give its backbone"
+        )
+    logits, changed = logits[0], changed[0]
+    if not torch.isfinite(logits).all():
+        return "its logits are not finite on a small text; check its weights and dtype"
+    if _change(changed[:-1], logits[:-1]) > _allowed(record, _change(changed[-1:], logits[-1:])):
+        return (
+            "a later token of plain text changes an earlier one: its attention is not causal (its config says is_decoder=False "
+            "or asks for both directions), and a graph's is; load it as a decoder"
+        )
+    return logits
+
+
+PLAIN = ("root", "left", "child", "tail")
+
+
+@contextmanager
+def _on_masks(record: Model) -> Iterator[None]:
+    """Inside, a model that no block is open on runs on an attention that takes masks; flash and paged attention take none."""
+    if record.blocks or not record.facts.can_switch or record.runs_on in ("eager", "sdpa"):
+        yield
+        return
+    before = record.implementations()
+    try:
+        record.switch("eager")
+        yield
+    finally:
+        record.restore(before)
+
+
+def _probe(model: Any, record: Model, backend: Backend, plain: Tensor, *, native: bool) -> str | None:
+    """Seven tiny forwards on graphs whose answers are known, whatever the weights are."""
     vocabulary = record.facts.vocabulary
-    tokens = sample_tokens(vocabulary)
+    tokens = sample_tokens(record.facts)
 
     # Weights that the config asks for are of no use here, and no reason to refuse.
     willing = replace(backend, carries=tuple(NEEDS))
@@ -109,15 +173,15 @@ def _probe(model: Any, record: Model, backend: Backend, *, native: bool) -> str 
         return {**tokens, name: [(token + 1) % vocabulary for token in tokens[name]]}
 
     def logits(prompt: CompiledPrompt) -> dict[str, Tensor]:
-        block = Block(record, columns_of([prompt], record.device), [willing], native=native)
+        block = Block(record, model, columns_of([prompt], record.device), [willing], native=native)
         with follow(block) as attention:
-            output = model(**attention.inputs, use_cache=False)
-        found = output.logits if hasattr(output, "logits") else output.last_hidden_state
-        return {node.id or "": found[0].float()[slice(*span)] for node, span in prompt.spans.items()}
+            found = _logits(model(**attention.inputs, use_cache=False))[0]
+        return {node.id or "": found[slice(*span)] for node, span in prompt.spans.items()}
 
     check_not_in_use(record, str(backend.implementation) if native else OURS)
     try:
         with probing(model, record):
+            chain, everyone = (torch.cat(list(logits(prompt).values())) for prompt in _as_plain(tokens))
             base = logits(sample(tokens))
             swapped = logits(sample(tokens, swap=True))
             moved = logits(sample(tokens, gap=5))
@@ -127,31 +191,67 @@ def _probe(model: Any, record: Model, backend: Backend, *, native: bool) -> str 
         raise
     except BackendError as error:
         return str(error)
-    except CLASHES as error:
-        hint = "" if native else " (its code may calculate with the mask, which is no tensor on this backend)"
-        return f"a forward on a small graph fails with {type(error).__name__}: {str(error).partition(chr(10))[0]}{hint}"
+    except Exception as error:  # whatever a family's code raises is a reason
+        hint = "" if native else "its code may calculate with the mask, which is no tensor on this backend: "
+        return f"{hint}a forward on a small graph fails with {in_words(error)}"
 
-    # What must not change may change by rounding; what must change moves by more than that.
-    scale = float(base["child"].abs().max()) or 1.0
-    rounding = 64 * torch.finfo(record.dtype).eps * scale
+    def change(other: dict[str, Tensor], *names: str) -> float:
+        return max(_change(other[name], base[name]) for name in names)
 
-    def change(other: dict[str, Tensor], names: Sequence[str]) -> float:
-        return max(float((base[name] - other[name]).abs().max()) for name in names)
-
+    # What must not change may change by rounding; what must change moves by far more than that.
+    rounding = _allowed(record, change(related, "child"))
     if not all(torch.isfinite(value).all() for value in base.values()):
         return "its logits are not finite on a small graph; check its weights and dtype"
-    if change(swapped, ("left", "child")) > rounding:
+    if change(swapped, "left", "child") > rounding:
         return (
             "swapping two siblings changed what their child computes: its positions follow the index in the sequence "
             "(ALiBi and the like); use a model with rotary or learned positions"
         )
-    if change(moved, ["child"]) == 0:
+    if change(moved, "child") == 0:
         return "moving a node to other positions changed nothing: the model does not use position_ids"
-    if change(unrelated, ("left", "child")) > rounding:
+    if change(unrelated, "left", "child") > rounding:
         return (
             "changing a node changed one that does not see it: state leaks outside attention (a recurrent or convolutional "
             "layer); use a model whose layers are all attention"
         )
-    if change(related, ["child"]) == 0:
+    if change(related, "child") == 0:
         return "changing a parent changed nothing at its child: the mask does not reach the model's attention"
+    begin = torch.cat([base["root"], base["left"]])
+    off = max(_change(chain, plain), _change(everyone, plain), _change(begin, plain[: len(begin)]))
+    if off > rounding:
+        return (
+            f"plain text as a graph differs by {off:.1e} from the model's own forward of it ({rounding:.1e} is rounding): its "
+            "positions, or what its attention adds to the mask, are not those of a graph"
+        )
     return None
+
+
+def _as_plain(tokens: Mapping[str, Sequence[int]]) -> tuple[CompiledPrompt, CompiledPrompt]:
+    """The same plain text as one node, and as nodes of which each sees all before it."""
+    nodes: list[ICLNode] = []
+    for name in PLAIN:
+        nodes.append(ICLNode(tokens[name], list(nodes), id=name))
+    return compile_prompt(ICLNode([token for name in PLAIN for token in tokens[name]])), compile_prompt(nodes[-1])
+
+
+def _logits(output: Any) -> Tensor:
+    """``[B, S, ≤ V]`` in fp32; hidden states of a model without a head."""
+    found: Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
+    return found[..., :VOCABULARY].float()
+
+
+def _change(found: Tensor, expected: Tensor) -> float:
+    """The largest relative difference of a token's logits, among ``[n, V]``."""
+    difference, scale = (found - expected).norm(dim=-1), expected.norm(dim=-1)
+    return float((difference / scale.clamp_min(1e-30)).max())
+
+
+def _allowed(record: Model, needed: float) -> float:
+    """What rounding may do. In half precision that is told by what must change, ``needed``, not by the size of the format."""
+    eps = torch.finfo(record.dtype).eps
+    return max(64 * torch.finfo(torch.float32).eps, min(64 * eps, max(4 * eps, needed / 32)))
+
+
+def in_words(error: Exception) -> str:
+    """An exception of a family's code as part of a sentence."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

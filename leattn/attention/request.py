@@ -5,8 +5,10 @@ Shapes: P prompts, B rows (a multiple of P: beams and return sequences repeat a 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from leattn.errors import BackendError
 from leattn.model.record import Model
-from leattn.model.registry import attention_function
+from leattn.model.registry import attention_function, check_keywords
 from leattn.prompt.columns import Columns
 from leattn.prompt.masks import additive
 
@@ -179,8 +181,15 @@ class UnderMask:
         self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         function = attention_function(module, self.implementation)
+        if self.implementation != "eager":  # which is the family's own, made for what its layers hand over
+            check_keywords(kwargs, _parameters(function), f"transformers' {self.implementation}")
         output: tuple[Tensor, Tensor | None] = function(module, query, key, value, self.mask, **kwargs)
         return output
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters) | {"dropout", "softcap"}  # which it refuses by itself
 
 
 def checked_mask(mask: Tensor, columns: Columns) -> Tensor:

@@ -20,6 +20,7 @@ from leattn.attention.plan import Continuation, Mixed, Step, plan
 from leattn.attention.request import Backend, Request
 from leattn.errors import BackendError
 from leattn.model.record import Model
+from leattn.model.registry import check_keywords
 from leattn.prompt.columns import Stretch, columns_in
 
 
@@ -95,9 +96,7 @@ class SparseAttention:
             An option that would be left out.
         """
         del module
-        unknown = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-        if unknown:
-            raise BackendError(f"the sparse backend has no {unknown[0]}; use another backend")
+        check_keywords(kwargs, (), "the sparse backend")
         if dropout:
             raise BackendError("the sparse backend has no attention dropout; use model.eval() or set it to 0 in the config")
         request, (rows, heads, length, size) = self.request, query.shape

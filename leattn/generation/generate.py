@@ -11,12 +11,13 @@ from leattn.attention.request import Backend
 from leattn.dag.gennode import GenNode
 from leattn.dag.graph import ICLGraph, as_graph
 from leattn.dag.node import ICLNode
-from leattn.errors import LeattnError
+from leattn.errors import BackendError, LeattnError
 from leattn.generation.program import is_program
 from leattn.generation.result import Generation
 from leattn.generation.sink import continue_sinks
 from leattn.generation.together import OnInterrupt, write_together
 from leattn.kv.store import KVStore
+from leattn.model.record import Model
 from leattn.prompt.compile import CompiledPrompt, compile_prompt
 from leattn.prompt.positions import Positions, scheme_of
 from leattn.prompt.visible import Visibility
@@ -120,6 +121,11 @@ def generate(
             raise LeattnError(
                 f"{name} comes from the prompt; put the tokens into a node, or use leattn.attend with model.generate"
             )
+    Model.of(model)
+    if not hasattr(model, "generate"):
+        raise BackendError(
+            f"{type(model).__name__} has no generate; load it as a causal language model: AutoModelForCausalLM.from_pretrained"
+        )
     prompts: list[CompiledPrompt | ICLGraph] = []
     for item in targets:
         graph = item if isinstance(item, CompiledPrompt) else as_graph(item)

@@ -64,6 +64,11 @@ def session(
             "interventions follow the layout of one compiled prompt, and here tokens run in another order; leave the intervene "
             "block first (what a program wrote compiles, as result.realised, to a prompt to intervene on)"
         )
+    if not record.facts.keeps_keys_only:
+        raise BackendError(
+            f"the cache of {record.facts.family} holds more than keys and values (an index of them, or a state); it continues "
+            "graphs with one sink, without kv_store and GenNodes"
+        )
     record.facts.check_token(*max((max(unit.ids, default=0), unit.name) for unit in program.units))
     if kv_store is not None:
         check_store(model, kv_store)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from leattn.attention.attend import prepare
 from leattn.attention.block import follow
-from leattn.attention.probe import probing, sample, sample_tokens
+from leattn.attention.probe import in_words, probing, sample, sample_tokens
 from leattn.errors import BackendError, LeattnWarning
 from leattn.kv.entry import NodeKV, node_kv
 from leattn.model.cache import full_length_cache
-from leattn.model.record import Model
+from leattn.model.record import Model, variant
 from leattn.model.turns import Turn, possible_turns
 from leattn.prompt.compile import CompiledPrompt
 
@@ -55,27 +55,38 @@ def certificate(model: Any) -> Certificate:
     """The certificate of a model, made once."""
     record = Model.of(model)
     with record.lock:
-        if record.certificate is None:
+        which = variant(model)
+        if which not in record.certificates:
             with probing(model, record), warnings.catch_warnings():
                 warnings.simplefilter("ignore", LeattnWarning)
-                record.certificate = _certify(model, record)
-        made: Certificate = record.certificate
+                record.certificates[which] = _tried(model, record)
+        made: Certificate = record.certificates[which]
         return made
 
 
-def _certify(model: Any, record: Model) -> Certificate:
-    tokens = sample_tokens(record.facts.vocabulary)
+def _tried(model: Any, record: Model) -> Certificate:
     try:
-        cold, logits = _run(model, record, sample(tokens))
-        swapped, _ = _run(model, record, sample(tokens, swap=True))
-        alone: dict[str, NodeKV] = {}
-        for name in ("tail", "other", "left", "right"):  # each in a graph that is smaller than the whole one
-            alone.update(_run(model, record, sample(tokens, only=name))[0])
-    except BackendError as error:
-        return Certificate(str(error), str(error))
+        return _certify(model, record)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a family's code raises is a reason
+        reason = str(error) if isinstance(error, BackendError) else f"trying it fails with {in_words(error)}"
+        return Certificate(reason, reason)
+
+
+def _certify(model: Any, record: Model) -> Certificate:
+    if not record.facts.keeps_keys_only:
+        reason = "its cache holds more than keys and values (an index of them, or a state), which a store does not keep"
+        return Certificate(reason, reason)
+    tokens = sample_tokens(record.facts)
+    cold, logits = _run(model, record, sample(tokens))
+    swapped, _ = _run(model, record, sample(tokens, swap=True))
+    alone: dict[str, NodeKV] = {}
+    for name in ("tail", "other", "left", "right"):  # each in a graph that is smaller than the whole one
+        alone.update(_run(model, record, sample(tokens, only=name))[0])
     # What rounding does: another order of the same nodes changes nothing else.
     noise = max(_largest_difference(swapped[name], kv) for name, kv in cold.items())
-    allowed = min(64 * torch.finfo(cold["root"].keys[0].dtype).eps + 4 * noise, 0.2)
+    allowed = min(max(64 * _FP32.eps, 8 * torch.finfo(cold["root"].keys[0].dtype).eps) + 4 * noise, 0.2)
     worst = max(_largest_difference(kv, cold[name]) for name, kv in alone.items())
     if worst > allowed:
         reason = (
@@ -121,8 +132,9 @@ def _certify_shift(
                 far = 2.5 * errors[0] + _FP32.eps * (64 + 2 * start)
                 limit = allowed if start == starts[0] else far
                 if off > limit:
-                    learned = facts.position_limit is not None and not candidates
-                    why = "its positions are learned" if learned else "no rotation of its family gives what is recomputed"
+                    why = "no rotation of its family gives what is recomputed"
+                    if facts.position_limit is not None and not candidates:
+                        why = "its positions are learned" if facts.positions_learned else "its positions are in a fixed table"
                     return Certificate(
                         None,
                         f"{why}: moved by {start} positions, the {part} of layer {layer} are off by {off:.1e} in "

@@ -50,9 +50,9 @@ class ArenaLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :stop] for buffer in buffers)
 
     def keep(self, columns: Tensor) -> None:
-        """Drop all columns but these, ``[n]`` ascending."""
-        assert self.keys is not None
-        assert self.values is not None
+        """Drop all columns but these, ``[n]`` ascending. A layer without attention never wrote any."""
+        if self.keys is None or self.values is None:
+            return
         keys, values = self.keys[:, :, columns], self.values[:, :, columns]
         self.keys = self.values = self.buffers = None
         self.is_initialized = False
@@ -101,14 +101,14 @@ class Arena(DynamicCache):
             layer.keep(columns)
 
 
-def full_length_cache(cache: Any) -> Any:
-    """A cache that keeps every key, which windows measured in positions need.
+def full_length_cache(cache: Any, config: Any = None) -> Any:
+    """A cache that keeps every key, which windows measured in positions need; made as the config says where there is none.
 
     The default cache of a sliding-window model drops keys by index. An empty ``DynamicCache`` is changed in place (``generate``
     made it and holds on to it); one that dropped keys already, or cannot grow, is refused.
     """
     if cache is None:
-        return DynamicCache()
+        cache = DynamicCache(config=config)
     if not any(getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", [])):
         return cache
     if not isinstance(cache, DynamicCache) or cache.get_seq_length() > 0:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import torch
+from torch import Tensor
+from torch.nn import Parameter
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from leattn.errors import BackendError, LeattnWarning
 from leattn.prompt.compile import CompiledPrompt
@@ -21,8 +23,11 @@ class Facts:
     """What does not change while a model lives (its vocabulary may; see :attr:`Model.facts`). Can travel without the model.
 
     ``windows`` is the sliding window of each layer type that a model takes a mask for; one unnamed type ``""`` where all layers
-    are alike. ``position_limit`` is how many positions a learned table holds, ``rope_limit`` up to where rotary angles do not
-    depend on the length of the input, ``trained_length`` what the model was trained for; None where there is no such thing.
+    are alike. ``first_position`` is what the model's own count of positions begins with. ``position_limit`` is how many
+    positions a table holds, ``rope_limit`` up to where rotary angles do not depend on the length of the input, ``index_limit``
+    how many tokens a sequence may have before its attention depends on their index in it, ``trained_length`` what the model was
+    trained for; None where there is no such thing. ``threshold`` is how many tokens it takes to see what the config says
+    begins later.
     """
 
     family: str
@@ -30,16 +35,22 @@ class Facts:
     can_switch: bool
     takes_positions: bool
     stateful: bool
+    keeps_keys_only: bool
     windowed: bool
     windows: dict[str, int | None]
+    windows_by_index: bool
     chunked: bool
     softcap: bool
     learned_sinks: bool
     supports_sdpa: bool
     supports_flex: bool
+    first_position: int
     position_limit: int | None
+    positions_learned: bool
     rope_limit: int | None
+    index_limit: int | None
     trained_length: int | None
+    threshold: int
 
     def check_tokens(self, prompts: Sequence[CompiledPrompt]) -> None:
         """Refuse token ids that the model has no embedding for."""
@@ -56,11 +67,23 @@ class Facts:
             )
 
     def check_positions(self, prompts: Sequence[CompiledPrompt], *, new_tokens: int = 0) -> None:
-        """Refuse positions past a learned table or a length-dependent RoPE's limit; warn past what RoPE was trained for."""
+        """Refuse positions past a table or a length-dependent RoPE's limit; warn past what RoPE was trained for.
+
+        The last of ``new_tokens`` is not fed.
+        """
         for prompt in prompts:
-            last = max(int(prompt.position_ids.max()), int(prompt.position_ids[0, -1]) + new_tokens)
+            last = max(int(prompt.position_ids.max()), int(prompt.position_ids[0, -1]) + max(0, new_tokens - 1))
             which = f"the last position is {last}" + (f" with {new_tokens} new tokens" if new_tokens else "")
             self.check_last_position(last, which)
+        self.check_length(max((len(prompt) for prompt in prompts), default=0) + max(0, new_tokens - 1))
+
+    def check_length(self, tokens: int) -> None:
+        """Refuse a sequence in which attention depends on the index."""
+        if self.index_limit is not None and tokens > self.index_limit:
+            raise BackendError(
+                f"{tokens} tokens: in a sequence of more than {self.index_limit}, what {self.family} attends to depends on the "
+                "index in the sequence, which a graph's positions cannot reach; use fewer or shorter nodes"
+            )
 
     def check_last_position(self, last: int, which: str) -> None:
         """Refuse a last position, or warn of it; ``which`` begins the sentence."""
@@ -80,25 +103,67 @@ class Facts:
 
 def read_facts(base: PreTrainedModel) -> Facts:
     """The facts of a backbone."""
-    config, embeddings = base.config, cast(Any, base.get_input_embeddings())
-    caches = DynamicCache(config=config).layers
+    config, caches = base.config, _cache_layers(base.config)
+    table, offset = _position_table(base)
+    limit = None if table is None else len(table) - offset
     return Facts(
         family=str(config.model_type),
-        vocabulary=int(embeddings.weight.shape[0]),
+        vocabulary=len(embeddings(base)),
         can_switch=bool(base._can_set_attn_implementation()),
         takes_positions="position_ids" in inspect.signature(base.forward).parameters,
-        stateful=bool(getattr(base, "_is_stateful", False)) or any(not isinstance(layer, CacheLayerMixin) for layer in caches),
+        stateful=_is_stateful(base, caches),
+        keeps_keys_only=all(type(layer) in _KEYS_ONLY or not hasattr(layer, "keys") for layer in caches),
         windowed=any(getattr(layer, "is_sliding", False) for layer in caches),
         windows=_windows(config),
+        windows_by_index="local" in (getattr(config, "attention_layers", None) or ()),  # GPT-Neo
         chunked="chunked_attention" in (getattr(config, "layer_types", None) or ()),
         softcap=getattr(config, "attn_logit_softcapping", None) is not None,
         learned_sinks=any(name.endswith(".sinks") for name, _ in base.named_parameters()),
         supports_sdpa=bool(getattr(base, "_supports_sdpa", False)),
         supports_flex=bool(getattr(base, "_supports_flex_attn", False)),
-        position_limit=_learned_positions(base, embeddings),
+        first_position=_first_position(base),
+        position_limit=limit,
+        positions_learned=isinstance(table, Parameter),
         rope_limit=_rope_limit(config),
+        index_limit=_index_limit(config),
         trained_length=getattr(config, "max_position_embeddings", None),
+        threshold=0 if _index_limit(config) is not None else _threshold(config),
     )
+
+
+_KEYS_ONLY = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def embeddings(base: PreTrainedModel) -> Tensor:
+    """The token embeddings, ``[V, d]``.
+
+    Raises
+    ------
+    BackendError
+        A model that embeds something else than one token per index.
+    """
+    weight = getattr(base.get_input_embeddings(), "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise BackendError(
+            f"{type(base).__name__} has no table with one embedding per token (it reads several codes at once, or bytes), and "
+            "a graph is made of tokens"
+        )
+    return weight
+
+
+def _cache_layers(config: Any) -> list[Any]:
+    """The layers of the model's own cache; none where transformers makes no cache for such a config."""
+    try:
+        return list(DynamicCache(config=config).layers)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return []
+
+
+def _is_stateful(base: PreTrainedModel, caches: Sequence[Any]) -> bool:
+    """Whether any layer carries a state; a hybrid's config may consist of attention alone."""
+    if any(hasattr(layer, "recurrent_states") for layer in caches):
+        return True
+    return bool(getattr(base, "_is_stateful", False)) and not getattr(base.config, "layer_types", None)
 
 
 def _windows(config: Any) -> dict[str, int | None]:
@@ -109,23 +174,51 @@ def _windows(config: Any) -> dict[str, int | None]:
     return {"": None if types == ["full_attention"] else window}
 
 
-def _learned_positions(base: PreTrainedModel, embeddings: torch.nn.Module) -> int | None:
-    """Rows of the table that positions index: an ``nn.Embedding`` or a fixed sinusoid buffer of that length."""
+def _first_position(base: PreTrainedModel) -> int:
+    """RoBERTa and its relatives count from the padding id on; positions that they are given are taken as they are."""
+    counting = (one for one in base.modules() if hasattr(one, "create_position_ids_from_input_ids"))
+    padding: Any = getattr(next(counting, None), "padding_idx", None)
+    return 0 if padding is None else int(padding) + 1
+
+
+def _position_table(base: PreTrainedModel) -> tuple[Tensor | None, int]:
+    """The table that positions index, a parameter or a fixed buffer, and which of its rows the first position is."""
     length = getattr(base.config, "max_position_embeddings", None)
-    if not isinstance(length, int):
-        return None
-    for module in base.modules():
-        # OPT and its relatives keep two more rows than positions (their offset of 2).
-        if (
-            isinstance(module, torch.nn.Embedding)
-            and module is not embeddings
-            and length <= module.num_embeddings <= length + 2
-        ):
-            return length
-    for name, buffer in base.named_buffers():
-        if name.endswith("embed_positions") and buffer.dim() == 2 and buffer.shape[0] == length:
-            return length
-    return None
+    tables = [*base.named_parameters(), *base.named_buffers()]
+    for name, table in tables:
+        if table.dim() != 2 or not table.is_floating_point() or not _POSITIONS.search(name) or "relative" in name:
+            continue
+        module: Any = base.get_submodule(name.rpartition(".")[0])
+        offset = max(getattr(module, "offset", 0), _first_position(base))
+        if length is None or length <= len(table) <= length + offset:
+            return table, offset
+    return None, 0
+
+
+_POSITIONS = re.compile(r"(^|\.)(wpe|\w*position\w*|pos_emb\w*)(\.weights?)?$")
+"""Tables of positions by name."""
+
+
+def _index_limit(config: Any) -> int | None:
+    """How many tokens a sequence may have before something is cut, chosen or scaled by the index; None if nothing ever is."""
+    limits = []
+    if getattr(config, "floor_scale", None) and getattr(config, "attn_temperature_tuning", False):  # Llama 4
+        limits.append(int(config.floor_scale) - 1)
+    if getattr(config, "index_topk", None):  # DeepSeek sparse attention: fewer keys are all taken
+        limits.append(int(config.index_topk))
+    if getattr(config, "index_topk_blocks", None) and getattr(config, "index_block_size", None):  # MiniMax M3
+        limits.append(int(config.index_topk_blocks) * int(config.index_block_size))
+    return min(limits, default=None)
+
+
+def _threshold(config: Any) -> int:
+    """The largest number up to 256 in the config after which something may begin, or 0."""
+    named = {name: value for name, value in config.to_dict().items() if _BEGINS.search(name)}
+    return max((value for value in named.values() if type(value) is int and value <= 256), default=0)
+
+
+_BEGINS = re.compile(r"chunk|block_|_block|index_|topk|compress|stride|floor|bucket|segment|sparse")
+"""Settings that speak of a length, by name."""
 
 
 def _rope_limit(config: Any) -> int | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import re
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from os import PathLike
 from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
 
@@ -14,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from leattn.errors import BackendError
-from leattn.model.facts import Facts, read_facts
+from leattn.model.facts import Facts, embeddings, read_facts
 from leattn.model.registry import OURS
 
 _records: WeakKeyDictionary[Any, Model] = WeakKeyDictionary()
@@ -29,8 +32,8 @@ class Model:
     lock : RLock
         Around everything below, which other rooms fill in.
     routes : dict
-        Why a backend cannot run this model, or how it can (attention/probe.py).
-    certificate, fingerprint
+        Why a backend cannot run this model, or how it can; ``plain`` is what it does by itself (attention/probe.py).
+    certificates, fingerprint
         Of its keys and values (kv/).
     blocks : list
         The blocks that are open on it, in all threads, oldest first; ``handles`` are their hooks, ``originals`` what the model
@@ -42,7 +45,8 @@ class Model:
         self._facts = read_facts(base)
         self.lock = threading.RLock()
         self.routes: dict[Any, Any] = {}
-        self.certificate: Any = None
+        self.plain: dict[Any, Any] = {}
+        self.certificates: dict[Any, Any] = {}
         self.fingerprint: tuple[bytes, bytes] | None = None
         self.blocks: list[Any] = []
         self.handles: tuple[Any, ...] = ()
@@ -68,6 +72,11 @@ class Model:
         """The backbone: the module that builds the masks."""
         return self._base()
 
+    def around(self, model: Any) -> torch.nn.Module | None:
+        """The model around the backbone, where it does more than call it: embed pictures or sounds among the text."""
+        outer = unwrapped(model)
+        return None if outer is self.base or outer.base_model is self.base else cast(torch.nn.Module, outer)
+
     @property
     def implementation(self) -> str:
         """The attention implementation that the model has outside of any block."""
@@ -81,7 +90,7 @@ class Model:
 
     @property
     def _embeddings(self) -> Tensor:
-        return cast(Tensor, self.base.get_input_embeddings().weight)
+        return embeddings(self.base)
 
     @property
     def device(self) -> torch.device:
@@ -110,13 +119,11 @@ class Model:
         BackendError
             No list of ``num_hidden_layers`` modules in the backbone.
         """
-        base = self.base
-        for child in base.children():
-            if isinstance(child, torch.nn.ModuleList) and len(child) == base.config.num_hidden_layers:
-                return list(child)
-        raise BackendError(
-            f"{type(base).__name__} keeps its layers in a way that leattn does not know; interventions need them"
-        )
+        count = getattr(self.base.config, "num_hidden_layers", None)
+        for module in self.base.modules():
+            if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+                return list(module)
+        raise BackendError(f"{type(self.base).__name__} keeps its layers in a way that leattn does not know")
 
     @cached_property
     def attentions(self) -> list[torch.nn.Module]:
@@ -195,14 +202,54 @@ class Model:
         return output
 
 
+def variant(model: Any) -> tuple[Any, ...]:
+    """What a verdict about a model holds for: how it is wrapped, its dtype, and its active adapters."""
+    module = unwrapped(model)
+    tuned = [one for one in module.modules() if hasattr(one, "get_base_layer")] if "peft" in sys.modules else []
+    adapters = {(str(one.active_adapters), str(one.disable_adapters)) for one in tuned}
+    return type(model).__name__, type(module).__name__, str(module.dtype), tuple(sorted(adapters))
+
+
+def check_plain_text(outer: torch.nn.Module, call: Mapping[str, Any]) -> None:
+    """Refuse what a model gives positions of its own: tokens of pictures and videos, in three dimensions (M-RoPE)."""
+    has_own = any(hasattr(one, "get_rope_index") for one in (outer, getattr(outer, "model", None)))
+    # An empty dict is what ``generate`` gives for text alone.
+    other = [name for name, value in call.items() if value is not None and value != {} and _PICTURES.search(name)]
+    kinds = call.get("mm_token_type_ids")
+    other += [] if kinds is None or not kinds.any() else ["mm_token_type_ids"]
+    if has_own and other:
+        raise BackendError(
+            f"{other[0]}: {type(outer).__name__} gives the tokens of a picture positions in three dimensions, which nodes of a "
+            "graph do not have; give it text alone"
+        )
+
+
+_PICTURES = re.compile(r"pixel|grid|image|video|audio|input_features|encoder_outputs")
+
+
 def unwrapped(model: Any) -> Any:
     """The model itself, below ``torch.compile`` and an adapter (PEFT)."""
     module = getattr(model, "_orig_mod", model)
     return module.get_base_model() if hasattr(module, "get_base_model") else module
 
 
+def _check_no_virtual_tokens(model: Any) -> None:
+    """Refuse prompt, prefix and p-tuning, which put tokens of their own in front of every input."""
+    adapter = getattr(model, "_orig_mod", model)
+    tuning: Any = getattr(adapter, "active_peft_config", None)
+    # With its adapter disabled, it has its base model's forward.
+    if getattr(tuning, "is_prompt_learning", False) and "forward" not in vars(adapter):
+        raise BackendError(
+            f"{tuning.peft_type.value} puts {tuning.num_virtual_tokens} virtual tokens in front of every input, which are no "
+            "columns of the prompt; use an adapter of weights (LoRA, IA3), or the base model: model.get_base_model()"
+        )
+
+
 def _backbone(model: Any) -> PreTrainedModel:
     module = unwrapped(model)
+    _check_no_virtual_tokens(model)
+    if isinstance(model, str | PathLike):
+        raise BackendError(f"{str(model)!r} is no model; load it first: AutoModelForCausalLM.from_pretrained({str(model)!r})")
     if not isinstance(module, PreTrainedModel):
         raise BackendError(f"leattn runs transformers models (PreTrainedModel), not {type(model).__name__}")
     if module.config.is_encoder_decoder:

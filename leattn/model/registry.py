@@ -8,12 +8,21 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    AttentionMaskInterface,
+    and_masks,
+    blockwise_overlay,
+    causal_mask_function,
+    chunked_overlay,
+    or_masks,
+    sliding_window_overlay,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from leattn.errors import BackendError
@@ -21,8 +30,28 @@ from leattn.errors import BackendError
 OURS = "leattn"
 """The name of our implementation."""
 
+HARMLESS = frozenset(
+    {
+        "is_causal",  # what a mask stands for anyway
+        "sliding_window",  # in the mask that was asked for
+        "position_ids",
+        "position_embeddings",
+        "past_key_values",
+        "use_cache",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "num_items_in_batch",
+        "logits_to_keep",
+        "deterministic",
+        "layer_idx",
+    }
+)
+"""What layers hand to every attention function, and no attention function under a mask has to act on."""
+
 Answer = Callable[..., Any]
-"""Called with ``config``, ``plain`` (what transformers would answer; None under our own name) and what the mask is for."""
+"""Called with ``config``, ``plain`` (what transformers answers; for eager, under our own name) and what the mask is for."""
 
 _lock = threading.Lock()
 _users: dict[str, list[Any]] = {}
@@ -85,11 +114,46 @@ def attention_function(module: torch.nn.Module, implementation: str) -> Callable
     raise BackendError(f"{type(module).__name__} has no eager attention function of its own; use backend='sdpa'")
 
 
+def check_keywords(kwargs: Mapping[str, Any], known: Collection[str], who: str) -> None:
+    """Refuse what a layer hands to its attention and ``who`` would leave out.
+
+    Raises
+    ------
+    BackendError
+        A keyword that is neither harmless nor known.
+    """
+    unknown = [name for name, value in kwargs.items() if value is not None and name not in HARMLESS and name not in known]
+    if unknown:
+        raise BackendError(
+            f"its layers hand {unknown[0]!r} to their attention, which {who} does not know and would leave out; "
+            "use backend='eager'"
+        )
+
+
 def _attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
     """Our attention function: the mask is the attention. Query ``[B, H, Q, D]``, key and value ``[B, G, K, D]``."""
     if not callable(attention_mask):
         raise BackendError(f"{type(module).__name__} runs without the mask that it is to be given")
     return attention_mask(module, query, key, value, **kwargs)
+
+
+def _parts(mask_function: Any) -> tuple[bool, int | None]:
+    """Whether a mask function of transformers is no more than causal attention in a window or a chunk; and the window."""
+    code: Any = getattr(mask_function, "__code__", None)
+    cells: Any = getattr(mask_function, "__closure__", None)
+    if code in (_AND, _OR):
+        parts = [_parts(part) for part in cells[0].cell_contents]
+        return all(causal for causal, _ in parts), next((window for _, window in parts if window is not None), None)
+    if code is _BLOCKS:  # tokens of a picture, which see each other; −1 is text
+        return bool((cells[0].cell_contents < 0).all()), None
+    if code is _WINDOW:
+        return True, int(cells[0].cell_contents)
+    return code in (_CAUSAL, _CHUNK), None
+
+
+_AND, _OR, _CAUSAL = and_masks().__code__, or_masks().__code__, causal_mask_function.__code__
+_WINDOW, _CHUNK = sliding_window_overlay(1).__code__, chunked_overlay(1, torch.zeros(1)).__code__
+_BLOCKS = blockwise_overlay(torch.zeros(1)).__code__
 
 
 def _mask_function(original: Callable[..., Any] | None, answer: Answer, users: list[Any]) -> Callable[..., Any]:
@@ -104,25 +168,29 @@ def _mask_function(original: Callable[..., Any] | None, answer: Answer, users: l
         **kwargs: Any,
     ) -> Any:
         def plain() -> Any:
-            assert original is not None
             named = {} if mask_function is None else {"mask_function": mask_function}
             sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
             offsets = {"q_offset": q_offset, "kv_offset": kv_offset, "attention_mask": attention_mask}
-            return original(**sizes, **offsets, **named, **kwargs)
+            function = ALL_MASK_ATTENTION_FUNCTIONS["eager"] if original is None else original
+            return function(**sizes, **offsets, **named, **kwargs)
 
         if original is not None and not any(one is kwargs.get("config") for one in users):
             return plain()  # another model: nothing here that a compiler could not trace
-        first = int(q_offset)
+        first, window = int(q_offset), kwargs.get("local_size")
+        is_causal, own_window = (True, None) if mask_function is None else _parts(mask_function)
         return answer(
             kwargs.get("config"),
-            None if original is None else plain,
+            plain,
+            ours=original is None,
+            is_causal=is_causal,
             rows=batch_size,
             queries=range(first, first + q_length),
             keys=kv_length + kv_offset,
-            window=kwargs.get("local_size"),
+            window=own_window if window is None else window,
             dtype=kwargs.get("dtype", torch.float32),
             device=torch.device(kwargs.get("device", "cpu")),
             padding=attention_mask,
+            may_skip=kwargs.get("allow_is_causal_skip", True),
         )
 
     return mask_function

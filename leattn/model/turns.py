@@ -74,22 +74,19 @@ def possible_turns(record: Model, index: int) -> list[Turn]:
     BackendError
         Layers that leattn does not find its way in.
     """
-    layers, attention = record.layers, record.attentions[index]
-    library = vars(sys.modules[type(attention).__module__])
+    layers = record.layers
+    library = vars(sys.modules[type(layers[index]).__module__])
     functions = [library[name] for name in ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave") if name in library]
     return [
         Turn(angles, function, part)
-        for angles in _angles(record.base, layers, index, attention)
+        for angles in _angles(record.base, layers, index)
         for function in functions
         for part in ("all", "first", "last")
     ]
 
 
-def _angles(
-    base: torch.nn.Module, layers: list[torch.nn.Module], index: int, attention: torch.nn.Module
-) -> Iterator[tuple[torch.nn.Module, str | None]]:
-    if hasattr(attention, "embed_positions"):
-        yield attention, None
+def _angles(base: torch.nn.Module, layers: list[torch.nn.Module], index: int) -> Iterator[tuple[torch.nn.Module, str | None]]:
+    yield from ((module, None) for module in layers[index].modules() if hasattr(module, "embed_positions"))
     of_layers = {id(module) for layer in layers for module in layer.modules()}
     shared = [module for module in base.modules() if id(module) not in of_layers]
     types = list(getattr(cast(Any, base).config, "layer_types", None) or ())
