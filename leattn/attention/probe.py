@@ -218,6 +218,7 @@ def _probe(model: Any, record: Model, backend: Backend, plain: Tensor, *, native
         return "changing a parent changed nothing at its child: the mask does not reach the model's attention"
     begin = torch.cat([base["root"], base["left"]])
     off = max(_change(chain, plain), _change(everyone, plain), _change(begin, plain[: len(begin)]))
+    rounding = _allowed(record, 4 * change(related, "child"))  # of two kernels, not of one
     if off > rounding:
         return (
             f"plain text as a graph differs by {off:.1e} from the model's own forward of it ({rounding:.1e} is rounding): its "
