@@ -61,8 +61,8 @@ class ICLNode:
     start_pos_id, end_pos_id
         Pin the position of the first token, or one past the last; at most one of the two.
     special_tokens
-        ``"parse"``: strings such as ``<|eot_id|>`` in the text become control tokens. ``"text"``: they stay text, which is
-        what retrieved documents want.
+        ``"parse"``: strings such as ``<|eot_id|>`` in the text become control tokens. ``"text"``: they stay text, tokenized as
+        by the same tokenizer without control tokens, which is what retrieved documents want.
 
     Raises
     ------

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+import contextlib
+from collections.abc import Collection, Mapping, Sequence, Set
+from typing import TYPE_CHECKING, Any, Protocol
 
 from leattn.errors import CompileError
 
@@ -29,28 +28,17 @@ def tokenize_all(nodes: Sequence[Chunk], tokenizer: PreTrainedTokenizerBase | No
     Raises
     ------
     CompileError
-        A node that tokenizes to nothing, or text without a tokenizer.
+        A node that tokenizes to nothing, text without a tokenizer, or text that cannot be kept from holding a control token.
     """
     result: list[list[int]] = [[] if isinstance(node.content, str) else list(node.content) for node in nodes]
-    for treatment in ("parse", "text"):
+    for treatment, encode in (("parse", _parsed), ("text", _as_text)):
         picked = [i for i, node in enumerate(nodes) if isinstance(node.content, str) and node.special_tokens == treatment]
         if not picked:
             continue
         if tokenizer is None:
             raise CompileError(f"node {nodes[picked[0]]} holds text; give a tokenizer, or token ids as content")
-        encoded = tokenizer(
-            [str(nodes[i].content) for i in picked],
-            add_special_tokens=False,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            split_special_tokens=treatment == "text",
-            verbose=False,
-        )
-        control = control_tokens(tokenizer) if treatment == "text" else {}
-        for i, ids in zip(picked, encoded["input_ids"], strict=True):
-            clean = control.keys().isdisjoint(ids)
-            result[i] = list(ids) if clean else _as_text(str(nodes[i].content), control, tokenizer)
+        for i, ids in zip(picked, encode([nodes[i] for i in picked], tokenizer), strict=True):
+            result[i] = ids
     for node, ids in zip(nodes, result, strict=True):
         if not ids:
             raise CompileError(f"node {node} tokenizes to 0 tokens; give it text or remove it")
@@ -58,20 +46,75 @@ def tokenize_all(nodes: Sequence[Chunk], tokenizer: PreTrainedTokenizerBase | No
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Added tokens that may steer the model: all but whitespace (Gemma's newlines) and plain words."""
+    """Added tokens that may steer the model: all but whitespace (Gemma's newlines, SentencePiece's spaces) and plain words."""
     added = tokenizer.get_added_vocab().items()
-    return {token: name for name, token in added if len(name) > 1 and name.strip() and not name.strip().isalnum()}
+    plain = {token: name.replace("▁", " ").strip() for name, token in added}
+    return {token: name for name, token in added if len(name) > 1 and plain[token] and not plain[token].isalnum()}
 
 
-def _as_text(text: str, control: Mapping[int, str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of ``text`` without those in ``control``.
+def _parsed(nodes: Sequence[Chunk], tokenizer: PreTrainedTokenizerBase, *, split: bool = False) -> list[list[int]]:
+    encoded = tokenizer(
+        [str(node.content) for node in nodes],
+        add_special_tokens=False,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        split_special_tokens=split,
+        verbose=False,
+    )
+    return [list(ids) for ids in encoded["input_ids"]]
 
-    ``split_special_tokens`` takes apart only what is marked special; ``<tool_call>`` and its like are added tokens without
-    that mark. So the text is cut inside each of them, and the pieces are tokenized one by one.
+
+def _as_text(nodes: Sequence[Chunk], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Ids as if the tokenizer had no control tokens.
+
+    ``split_special_tokens`` of a fast tokenizer takes apart only what is marked special; ``<tool_call>`` and its like are
+    added tokens without that mark. Cutting the text inside them would do, if no tokenizer put a space before each piece.
     """
-    # The lookahead finds overlapping ones too.
-    starts = re.finditer("(?=" + "|".join(map(re.escape, control.values())) + ")", text)
-    cuts = [0, *(match.start() + 1 for match in starts), len(text)]
-    pieces = [text[start:stop] for start, stop in itertools.pairwise(cuts) if start < stop]
-    encoded = tokenizer(pieces, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False)
-    return [token for piece in encoded["input_ids"] for token in piece]
+    control = control_tokens(tokenizer)
+    if getattr(tokenizer, "is_fast", False):
+        result = _without(control, nodes, tokenizer.backend_tokenizer)
+    else:
+        result = _parsed(nodes, tokenizer, split=True)
+    if any(not control.keys().isdisjoint(ids) for ids in result):
+        _check_pieces(control.keys() - _unknown(tokenizer), nodes, result, control)
+    return result
+
+
+def _check_pieces(
+    steering: Set[int], nodes: Sequence[Chunk], result: Sequence[Sequence[int]], control: Mapping[int, str]
+) -> None:
+    """Refuse a text that the model itself, without any added token, turns into a control token."""
+    for node, ids in zip(nodes, result, strict=True):
+        found = steering & set(ids)
+        if found:
+            names = ", ".join(repr(control[token]) for token in sorted(found))
+            raise CompileError(
+                f"the text of node {node} holds {names}, also a piece of the tokenizer's own vocabulary, so that it cannot be "
+                "kept from becoming a control token; take it out of the text, or give token ids as content"
+            )
+
+
+def _without(control: Collection[int], nodes: Sequence[Chunk], backend: Any) -> list[list[int]]:
+    """Ids of a fast tokenizer with the same model, of which only the added tokens that are no control tokens are left."""
+    from tokenizers import Tokenizer
+
+    plain = Tokenizer(backend.model)  # shared, not copied
+    for part in ("normalizer", "pre_tokenizer", "post_processor"):
+        setattr(plain, part, getattr(backend, part))
+    added = backend.get_added_tokens_decoder()
+    kept = {token: one for token, one in sorted(added.items()) if token not in control and not one.special}
+    plain.add_tokens(list(kept.values()))
+    renumbered = {plain.token_to_id(one.content): token for token, one in kept.items()}
+    encoded = plain.encode_batch([str(node.content) for node in nodes], add_special_tokens=False)
+    return [[renumbered.get(token, token) for token in one.ids] for one in encoded]
+
+
+def _unknown(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """What the tokenizer gives for what it does not know: that is nothing a text can make use of."""
+    found = {tokenizer.unk_token_id}
+    if getattr(tokenizer, "is_fast", False):
+        model = tokenizer.backend_tokenizer.model
+        with contextlib.suppress(Exception):  # a model without a token for it raises what it likes
+            found |= {piece.id for piece in model.tokenize("\U0010fffd")}
+    return found - {None}
