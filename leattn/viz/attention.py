@@ -13,8 +13,8 @@ from matplotlib.collections import LineCollection
 from leattn.errors import LeattnError, LeattnWarning
 from leattn.viz.brackets import square
 from leattn.viz.canvas import QUARTERS, colour_bar, finish, heat_map, label_axes, write_values
-from leattn.viz.fold import check_weights, fold_attention
-from leattn.viz.select import chosen_of, in_words, indices
+from leattn.viz.fold import fold_attention
+from leattn.viz.select import Choice, check_trace, chosen_of, chosen_weights
 from leattn.viz.style import FloatArray, drawable
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def plot_attention(
     weights: torch.Tensor | Sequence[torch.Tensor] | Trace,
     prompt: CompiledPrompt | None = None,
     *,
-    layer: int | Sequence[int] | None = None,
-    head: int | Sequence[int] | None = None,
+    layer: Choice = None,
+    head: Choice = None,
     ax: Axes | None = None,
     path: str | Path | None = None,
     title: str | None = None,
@@ -81,6 +81,7 @@ def plot_attention(
             raise LeattnError("attention weights alone do not say which nodes they are about; give the prompt, too")
         mass, what = _reduced(weights, prompt, layer, head)
     else:
+        check_trace("plot_attention", weights)
         mass, what, prompt = *_of_trace(weights, layer, head), weights.prompt
     allowed = _allowed(prompt)
     stray = float((mass * ~allowed).sum() / len(mass))
@@ -117,46 +118,17 @@ def plot_attention(
 def _reduced(
     weights: torch.Tensor | Sequence[torch.Tensor],
     prompt: CompiledPrompt,
-    layer: int | Sequence[int] | None,
-    head: int | Sequence[int] | None,
+    layer: Choice,
+    head: Choice,
 ) -> tuple[FloatArray, str]:
     """The mean over the chosen layers and heads, ``[N, N]``, and what it is in words."""
-    words = []
-    if isinstance(weights, torch.Tensor):
-        if layer is not None:
-            raise LeattnError(
-                f"layer={layer!r} of one tensor: these weights are one layer's; give the whole outputs.attentions"
-            )
-        chosen = [check_weights(weights, prompt)]
-    else:
-        picked = indices("layer", layer, len(weights))
-        chosen = [check_weights(weights[i], prompt, f"layer {i}: ") for i in picked]
-        words.append(in_words("layer", picked, len(weights)))
-    if not chosen:
-        raise LeattnError("there are no attention weights: the sequence is empty; run the model with output_attentions=True")
-    first = chosen[0]
-    if first.dim() > 4 or (first.dim() == 4 and first.shape[0] != 1):
-        raise LeattnError(
-            f"weights of shape {list(first.shape)} are more than one prompt's [1, H, S, S]; take one row of the batch: "
-            "[layer[:1] for layer in attentions]"
-        )
-    heads = first.shape[-3] if first.dim() > 2 else 0
-    if heads:
-        picked = indices("head", head, heads)
-        words.append(in_words("head", picked, heads))
-        chosen = [layer_weights[..., picked, :, :] for layer_weights in chosen]
-    elif head is not None:
-        raise LeattnError(f"head={head!r} of weights [S, S]: they have no heads; give [H, S, S]")
+    chosen, words = chosen_weights(weights, prompt, layer, head)
     # Folding is linear, so the mean may come first within a layer: N × N numbers per layer are kept, not per head.
-    folded = [
-        fold_attention(one.detach().cpu().flatten(0, -3) if one.dim() > 2 else one.detach().cpu(), prompt) for one in chosen
-    ]
-    mean = torch.stack([one.reshape(-1, *one.shape[-2:]).double().mean(0) for one in folded]).mean(0)
-    words.append(str(first.dtype).removeprefix("torch."))
-    return cast(FloatArray, mean.numpy()), ", ".join(words)
+    mean = torch.stack([fold_attention(one.cpu(), prompt).double().mean(0) for one in chosen]).mean(0)
+    return cast(FloatArray, mean.numpy()), words
 
 
-def _of_trace(trace: Trace, layer: int | Sequence[int] | None, head: int | Sequence[int] | None) -> tuple[FloatArray, str]:
+def _of_trace(trace: Trace, layer: Choice, head: Choice) -> tuple[FloatArray, str]:
     """Attention folded to nodes, from what a trace kept."""
     rows, heads, words = chosen_of(trace, layer, head)
     mass = trace.mass[rows][:, heads].double().mean((0, 1)).numpy()

@@ -22,18 +22,21 @@ def fold_attention(weights: torch.Tensor | Sequence[torch.Tensor], prompt: Compi
     Parameters
     ----------
     weights
-        ``[..., S, S]`` after the softmax, or one such tensor per layer (``outputs.attentions``), which are stacked.
+        One prompt's after the softmax: ``[1, H, S, S]``, ``[H, S, S]`` or ``[S, S]``, or one such tensor per layer
+        (``outputs.attentions``), which are stacked. Of a batch, the prompt's row without the padding, which is on the left:
+        ``weights[i : i + 1, :, -S:, -S:]``.
     prompt
         The S tokens that the weights are about.
 
     Returns
     -------
-    Tensor ``[..., N, N]``, with the layers in front if there are several; float32, or float64 for float64 weights.
+    Tensor ``[..., N, N]``, with the layers in front if they come one by one; float32, or float64 for float64 weights.
 
     Raises
     ------
     LeattnError
-        Weights that are missing, that do not fit the prompt's S tokens, or that come from several generation steps.
+        Weights that are missing, that do not fit the prompt's S tokens, of a batch of several rows, or of several generation
+        steps.
 
     Examples
     --------
@@ -50,7 +53,10 @@ def fold_attention(weights: torch.Tensor | Sequence[torch.Tensor], prompt: Compi
 
 
 def check_weights(weights: object, prompt: CompiledPrompt, where: str = "") -> torch.Tensor:
-    """``weights`` as they are if they are ``[..., S, S]`` for this prompt; ``where`` opens the error."""
+    """``weights`` as they are if they are this prompt's: ``[S, S]``, ``[H, S, S]`` or ``[1, H, S, S]``.
+
+    ``where`` opens the error.
+    """
     size = len(prompt)
     if weights is None:
         raise LeattnError(
@@ -64,12 +70,25 @@ def check_weights(weights: object, prompt: CompiledPrompt, where: str = "") -> t
         )
     if not isinstance(weights, torch.Tensor) or weights.dim() < 2 or not weights.is_floating_point():
         what = f"{weights.dtype} of shape {list(weights.shape)}" if isinstance(weights, torch.Tensor) else repr(weights)
-        raise LeattnError(f"{where}attention weights are a floating-point tensor [..., S, S], not {what}")
+        raise LeattnError(f"{where}attention weights are a floating-point tensor [H, S, S], not {what}")
+    if weights.dim() > 4 or (weights.dim() == 4 and weights.shape[0] != 1):
+        raise LeattnError(
+            f"{where}weights of shape {list(weights.shape)} are more than one prompt's [1, H, S, S]; take the row i in which "
+            f"it stands, without the padding, which is on the left: weights[i : i + 1, :, -{size}:, -{size}:] of each layer"
+        )
     queries, keys = weights.shape[-2:]
     if (queries, keys) != (size, size):
-        fix = f"slice weights[..., :{size}, :{size}]" if min(queries, keys) > size else "run the whole prompt in one forward"
-        raise LeattnError(f"{where}the weights have {queries} queries and {keys} keys, but the prompt {size} tokens; {fix}")
+        raise LeattnError(
+            f"{where}the weights have {queries} queries and {keys} keys, but the prompt {size} tokens; "
+            + (_SLICE.format(size=size) if min(queries, keys) > size else "run the whole prompt in one forward")
+        )
     return weights
+
+
+_SLICE = (
+    "slice weights[..., -{size}:, -{size}:], as the padding of a batch is on the left; where tokens were generated after the "
+    "prompt, its own are the first {size}"
+)
 
 
 def _fold(weights: torch.Tensor, prompt: CompiledPrompt) -> torch.Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 from leattn.errors import LeattnError, choices
 from leattn.viz.brackets import Brackets
 from leattn.viz.canvas import finish, label_axes, name_ends, new_axes, number_ticks, size_inches
-from leattn.viz.select import layer_rows
+from leattn.viz.select import check_trace, layer_rows
 from leattn.viz.style import FAINT, INK, PLAIN, FloatArray, drawable, node_colours
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def plot_norms(
     Raises
     ------
     LeattnError
-        An unknown kind, a layer that was not traced.
+        An unknown kind, a layer that was not traced, something else than one trace.
 
     Examples
     --------
@@ -62,6 +62,7 @@ def plot_norms(
     >>> plot_norms(trace(model, prompt), kind="keys", layer=1).get_title(loc="left")
     'norm of keys after RoPE, layer 1, by head\nfloat32, tiny/weights'
     """
+    check_trace("plot_norms", trace)
     if kind not in WHAT:
         raise LeattnError(choices("kind", kind, tuple(WHAT)))
     if layer is not None and not isinstance(layer, int):

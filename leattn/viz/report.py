@@ -18,7 +18,7 @@ from leattn.errors import LeattnError
 from leattn.viz.attention import plot_attention
 from leattn.viz.canvas import check_suffix, not_shown, save
 from leattn.viz.norms import plot_norms
-from leattn.viz.select import layer_rows
+from leattn.viz.select import check_trace, layer_rows
 from leattn.viz.sinks import plot_sinks
 
 if TYPE_CHECKING:
@@ -84,8 +84,8 @@ def save_report(
     Raises
     ------
     LeattnError
-        A layer that was not traced or a name that no picture can have, before anything is written. A plot that returns neither
-        axes nor a figure.
+        Something else than one trace, a layer that was not traced or a name that no picture can have, before anything is
+        written. A plot that returns neither axes nor a figure.
 
     Examples
     --------
@@ -111,6 +111,7 @@ def save_report(
     ...     [path.name for path in save_report(trace(model, prompt, layers=0), folder, plots=plots)][-3:]
     ['entropy_0.svg', 'sinks.png', 'hidden_norms.png']
     """
+    check_trace("save_report", trace)
     rows = range(min(FIRST, len(trace.layers))) if layers is None else layer_rows(trace, layers)
     for name in plots:
         check_suffix(name)

@@ -5,12 +5,59 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from leattn.errors import LeattnError
+from leattn.viz.fold import check_weights
 
 if TYPE_CHECKING:
     from leattn.analysis.trace import Trace
+    from leattn.prompt.compile import CompiledPrompt
 
 Choice = int | Sequence[int] | None
+
+
+def check_trace(what: str, given: object) -> None:
+    """Raise LeattnError for anything but one trace; ``what`` names the function that wants it."""
+    if not hasattr(given, "hidden_norms"):
+        raise LeattnError(
+            f"{what} draws a leattn.analysis.Trace, which is of one prompt, not {type(given).__name__}; "
+            "give it leattn.analysis.trace(model, prompt)"
+        )
+
+
+def chosen_weights(
+    weights: torch.Tensor | Sequence[torch.Tensor], prompt: CompiledPrompt, layer: Choice, head: Choice
+) -> tuple[list[torch.Tensor], str]:
+    """The chosen heads of the chosen layers of one prompt's weights, ``[H, S, S]`` each, and both in words.
+
+    Raises
+    ------
+    LeattnError
+        Weights that are not one prompt's, see :func:`check_weights`; a layer or head that does not exist.
+    """
+    words = []
+    if isinstance(weights, torch.Tensor):
+        if layer is not None:
+            raise LeattnError(
+                f"layer={layer!r} of one tensor: these weights are one layer's; give the whole outputs.attentions"
+            )
+        chosen = [check_weights(weights, prompt)]
+    else:
+        if not len(weights):
+            raise LeattnError("there are no attention weights: the sequence is empty; ask the model for output_attentions=True")
+        picked = indices("layer", layer, len(weights))
+        chosen = [check_weights(weights[i], prompt, f"layer {i}: ") for i in picked]
+        words.append(in_words("layer", picked, len(weights)))
+    first = chosen[0]
+    if first.dim() > 2:
+        picked = indices("head", head, first.shape[-3])
+        words.append(in_words("head", picked, first.shape[-3]))
+        chosen = [one if head is None else one[..., picked, :, :] for one in chosen]
+    elif head is not None:
+        raise LeattnError(f"head={head!r} of weights [S, S]: they have no heads; give [H, S, S]")
+    words.append(str(first.dtype).removeprefix("torch."))
+    return [one.detach().reshape(-1, *one.shape[-2:]) for one in chosen], ", ".join(words)
 
 
 def chosen_of(trace: Trace, layer: Choice, head: Choice) -> tuple[list[int], list[int], str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from leattn.viz.canvas import QUARTERS, colour_bar, finish, heat_map, label_axes, new_axes, number_ticks, write_values
+from leattn.viz.select import check_trace
 from leattn.viz.style import drawable
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def plot_sinks(
 
     Raises
     ------
+    LeattnError
+        Something else than one trace.
     GraphError
         A node that is not in the prompt.
 
@@ -55,6 +58,7 @@ def plot_sinks(
     >>> plot_sinks(trace(model, prompt), node="text").get_title(loc="left")
     "attention to the first token of 'text'\nmean over the tokens that see it, float32, tiny/weights"
     """
+    check_trace("plot_sinks", trace)
     graph = trace.prompt.graph
     names = trace.roots if node is None else (graph.name(node),)
     columns = [graph.index[graph[name]] for name in names]

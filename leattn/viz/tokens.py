@@ -11,8 +11,7 @@ import torch
 
 from leattn.errors import LeattnError
 from leattn.viz.canvas import colour_bar, finish, heat_map, label_axes, new_axes, number_ticks
-from leattn.viz.fold import check_weights
-from leattn.viz.select import Choice, chosen_of, in_words, indices
+from leattn.viz.select import Choice, check_trace, chosen_of, chosen_weights
 from leattn.viz.style import INK, PLAIN, drawable, text_width
 
 if TYPE_CHECKING:
@@ -42,7 +41,8 @@ def plot_tokens(
     Parameters
     ----------
     weights
-        A :class:`leattn.analysis.Trace` with ``tokens=pair``, or ``outputs.attentions`` of eager attention.
+        A :class:`leattn.analysis.Trace` with ``tokens=pair``, or attention weights of one prompt as in
+        :func:`leattn.viz.plot_attention`.
     pair
         The nodes of the queries and of the keys; needed unless the trace has one pair only.
     prompt
@@ -55,7 +55,8 @@ def plot_tokens(
     Raises
     ------
     LeattnError
-        A pair that the trace did not keep, or of which the first does not see the second; a layer or head that does not exist.
+        A pair that the trace did not keep, or of which the first does not see the second; a layer or head that does not exist;
+        weights that are not one prompt's.
 
     Examples
     --------
@@ -76,6 +77,7 @@ def plot_tokens(
         part, what = _of_weights(weights, prompt, prompt.spans[query], prompt.spans[key], layer, head)
         pool = (1, 1)
     else:
+        check_trace("plot_tokens", weights)
         prompt = weights.prompt
         query, key = _pair_of(weights, pair)
         names = prompt.graph.name(query), prompt.graph.name(key)
@@ -138,16 +140,9 @@ def _of_weights(
     head: Choice,
 ) -> tuple[torch.Tensor, str]:
     """The mean over layers and heads, ``[Q, K]``, and what it is in words."""
-    each = [weights] if isinstance(weights, torch.Tensor) else list(weights)
-    layers = indices("layer", layer, len(each))
-    parts = []
-    for i in layers:
-        part = check_weights(each[i], prompt).detach().cpu()[..., slice(*query), slice(*key)]
-        parts.append(part.reshape(-1, *part.shape[-2:]).double())
-    heads = indices("head", head, len(parts[0]))
-    mean = torch.stack([part[heads].mean(0) for part in parts]).mean(0)
-    words = [] if isinstance(weights, torch.Tensor) else [in_words("layer", layers, len(each))]
-    return mean, ", ".join([*words, in_words("head", heads, len(parts[0])), str(each[0].dtype).removeprefix("torch.")])
+    chosen, words = chosen_weights(weights, prompt, layer, head)
+    parts = [one[:, slice(*query), slice(*key)].cpu().double().mean(0) for one in chosen]
+    return torch.stack(parts).mean(0), words
 
 
 def _labels(prompt: CompiledPrompt, start: int, stop: int, pool: int) -> list[str]:
