@@ -243,6 +243,8 @@ def test_visualize_says_what_does_not_fit(leaf, tokenizer):
     matrix, _, start_end_pos, names = build_attention_matrix(leaf, tokenizer)
     with pytest.raises(LeattnError, match=r"start_end_pos covers 15 tokens, .* but the matrix is \[14, 14\]"):
         visualize_attention_matrix(matrix[:-1, :-1], start_end_pos, names)
+    with pytest.raises(LeattnError, match=r"start_end_pos has \(9, 15.5\); give pairs of whole numbers"):
+        visualize_attention_matrix(matrix, [*start_end_pos[:-1], (9, 15.5)], names)
     with pytest.raises(LeattnError, match="start_end_pos covers 15 tokens"):
         visualize_attention_matrix(matrix, [start_end_pos[0], *start_end_pos[2:]], names)
     with pytest.raises(LeattnError, match="3 names for 4 nodes; give one per node"):

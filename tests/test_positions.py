@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import oracles
@@ -13,7 +16,9 @@ from hypothesis import strategies as st
 from strategies import SCHEMES, VISIBILITIES, graphs
 
 import leattn
-from leattn import CompileError, ICLGraph, ICLNode, LeattnError, LeattnWarning, compile_prompt
+from leattn import CompileError, GenNode, ICLGraph, ICLNode, LeattnError, LeattnWarning, compile_prompt
+from leattn.generation.program import build
+from leattn.prompt.positions import Scheme
 
 
 @given(graphs(max_nodes=8), VISIBILITIES, SCHEMES)
@@ -145,3 +150,64 @@ def test_edits_keep_positions(graph, visibility, scheme, data):
     prompt = compile_prompt(graph, visibility=visibility, positions=scheme)
     node = data.draw(st.sampled_from(graph.nodes))
     assert torch.equal(prompt.without_node(node).position_ids, prompt.position_ids)
+
+
+HALF = [1.5, -0.5, float("nan"), float("inf"), np.float32(2.5), np.nan, torch.tensor(0.5), Fraction(1, 3), Decimal("0.5")]
+NO_NUMBERS = [True, np.True_, torch.tensor(True), None, "3", 1j, [2], torch.tensor([1, 2])]
+
+
+@pytest.mark.parametrize("start", HALF + NO_NUMBERS, ids=repr)
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_callable_that_gives_no_whole_number(start, writes):
+    graph = ICLGraph(chain_of(writes))
+    for starts in ([0, start], {graph["a"]: 0, graph["b"]: start}):
+        scheme = Scheme(lambda g, n: starts, known_before_writing=True)  # noqa: B023
+        words = re.escape(f"the positions callable gave {start!r} as the start of node 'b'; give a whole number")
+        with pytest.raises(CompileError, match=words):
+            run(graph, scheme, writes)
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_callable_that_gives_a_negative_number_or_none_at_all(writes):
+    graph = ICLGraph(chain_of(writes))
+    for starts, words in (
+        ([0, -3], "node 'b' would start at position -3; positions start at 0"),
+        ([0, np.int64(-1)], "node 'b' would start at position -1"),
+        (7, "the positions callable gave 7; give one start per node"),
+        (torch.tensor(7), "give one start per node"),
+    ):
+        with pytest.raises(CompileError, match=re.escape(words)):
+            run(graph, Scheme(lambda g, n: starts, known_before_writing=True), writes)  # noqa: B023
+
+
+@pytest.mark.parametrize("kind", [int, np.int8, np.uint64, np.array, torch.tensor, float, np.float64, Fraction], ids=repr)
+def test_whole_numbers_of_any_kind_are_positions(kind):
+    graph = ICLGraph(chain_of(False))
+    found = compile_prompt(graph, positions=lambda g, n: [kind(3), kind(9)])
+    assert found.position_ids.tolist() == [[3, 4, 9]]
+    node = ICLNode([5, 6], start_pos_id=kind(7))
+    assert type(node.start_pos_id) is int
+    assert compile_prompt(node).position_ids.tolist() == [[7, 8]]
+    assert compile_prompt(ICLNode([5, 6], end_pos_id=kind(7))).position_ids.tolist() == [[5, 6]]
+
+
+@pytest.mark.parametrize("value", [one for one in HALF + NO_NUMBERS if one is not None], ids=repr)
+def test_pins_are_whole_numbers(value):
+    for pin in ("start_pos_id", "end_pos_id"):
+        with pytest.raises(CompileError, match=re.escape(f"{pin}={value!r}; give a whole number")):
+            ICLNode([1], id="a", **{pin: value})
+
+
+def test_what_is_said_of_a_pinned_node_is_unused():
+    first = ICLNode([1, 2], id="a", start_pos_id=4)
+    prompt = compile_prompt(ICLNode([3], [first]), positions=lambda graph, lengths: [None, 9])
+    assert prompt.position_ids.tolist() == [[4, 5, 9]]
+
+
+def chain_of(writes):
+    first = ICLNode([1, 2], id="a")
+    return GenNode([3], [first], "b", max_new_tokens=1) if writes else ICLNode([3], [first], "b")
+
+
+def run(graph, scheme, writes):
+    return build([graph], None, positions=scheme) if writes else compile_prompt(graph, positions=scheme)

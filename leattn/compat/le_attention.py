@@ -20,7 +20,7 @@ import torch
 
 from leattn.dag.draw import draw
 from leattn.dag.graph import ICLGraph
-from leattn.dag.node import ICLNode
+from leattn.dag.node import ICLNode, whole_number
 from leattn.errors import LeattnError
 from leattn.prompt.compile import CompiledPrompt, compile_prompt
 from leattn.prompt.masks import MaskMod
@@ -198,18 +198,19 @@ def _prompt_of(matrix: npt.ArrayLike, start_end_pos: Sequence[tuple[int, int]], 
     if matrix is None:
         raise LeattnError("the matrix is None; build it with materialize_attention_matrix=True")
     mask = np.asarray(matrix).astype(bool)
-    ends = [0, *(int(end) for _, end in start_end_pos)]
-    if mask.ndim != 2 or mask.shape != (ends[-1], ends[-1]) or ends[:-1] != [int(start) for start, _ in start_end_pos]:
+    spans = [_whole_span(pair) for pair in start_end_pos]
+    ends = [0, *(end for _, end in spans)]
+    if mask.ndim != 2 or mask.shape != (ends[-1], ends[-1]) or ends[:-1] != [start for start, _ in spans]:
         raise LeattnError(
             f"start_end_pos covers {ends[-1]} tokens, one node after the other, but the matrix is {list(np.shape(mask))}; "
             "give all three as build_attention_matrix returned them"
         )
-    if len(names) != len(start_end_pos):
-        raise LeattnError(f"{len(names)} names for {len(start_end_pos)} nodes; give one per node")
+    if len(names) != len(spans):
+        raise LeattnError(f"{len(names)} names for {len(spans)} nodes; give one per node")
     nodes: list[ICLNode] = []
-    for (start, end), name in zip(start_end_pos, names, strict=True):
-        parents = [nodes[j] for j, (first, _) in enumerate(start_end_pos[: len(nodes)]) if mask[start, first]]
-        nodes.append(ICLNode([0] * int(end - start), parents, id=name))
+    for (start, end), name in zip(spans, names, strict=True):
+        parents = [nodes[j] for j, (first, _) in enumerate(spans[: len(nodes)]) if mask[start, first]]
+        nodes.append(ICLNode([0] * (end - start), parents, id=name))
     prompt = compile_prompt(nodes, positions="restart")
     different = np.argwhere(prompt.dense_mask().numpy() != mask)
     if len(different):
@@ -219,3 +220,12 @@ def _prompt_of(matrix: npt.ArrayLike, start_end_pos: Sequence[tuple[int, int]], 
             "draw it with matplotlib's imshow"
         )
     return prompt
+
+
+def _whole_span(pair: tuple[int, int]) -> tuple[int, int]:
+    start, end = map(whole_number, pair)
+    if start is None or end is None:
+        raise LeattnError(
+            f"start_end_pos has {tuple(pair)!r}; give pairs of whole numbers, the first token and one past the last"
+        )
+    return start, end

@@ -6,8 +6,10 @@ import itertools
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import numpy as np
 import torch
 
 from leattn.dag.tokens import tokenize_all
@@ -134,10 +136,14 @@ class ICLNode:
             )
         for name in ("start_pos_id", "end_pos_id"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            if value is None:
+                continue
+            position = whole_number(value)
+            if position is None:
                 raise CompileError(f"node {self} has {name}={value!r}; give a whole number")
-            if value is not None and value < 0:
+            if position < 0:
                 raise CompileError(f"node {self} has {name}={value}; positions start at 0")
+            object.__setattr__(self, name, position)
 
     @property
     def default_name(self) -> str:
@@ -165,6 +171,23 @@ class ICLNode:
         shown = shown if len(shown) <= 40 else shown[:37] + "..."
         parents = ", ".join(str(parent) for parent in self.parents[:4]) + (", ..." if len(self.parents) > 4 else "")
         return f"{shown}, parents=[{parents}], id={self.id!r}"
+
+
+def whole_number(value: object) -> int | None:
+    """The integer that a value is, of Python, numpy or torch; None for fractions, NaN, booleans and what is no number.
+
+    Examples
+    --------
+    >>> whole_number(torch.tensor(7)), whole_number(7.0), whole_number(7.5), whole_number(True)
+    (7, 7, None, None)
+    """
+    if type(value) is int:
+        return value
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real) or value % 1 != 0:
+        return None
+    return int(value)  # type: ignore[call-overload, no-any-return]
 
 
 def _as_ids(content: Any) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from leattn.dag.graph import ICLGraph
-from leattn.dag.node import ICLNode
+from leattn.dag.node import ICLNode, whole_number
 from leattn.errors import CompileError, LeattnError, LeattnWarning, choices
 from leattn.prompt.visible import Visible
 
@@ -26,8 +26,8 @@ class Scheme:
     Attributes
     ----------
     starts
-        From the graph and ``{node: tokens}`` to the first position of every node, in layout order or by node; None where every
-        node starts at the furthest end of what it sees.
+        From the graph and ``{node: tokens}`` to the first position of every node, in whole numbers, in layout order or by node;
+        None where every node starts at the furthest end of what it sees.
     known_before_writing
         Whether it holds for graphs in which nodes are still to be written, whose lengths are not known.
     branches_collide
@@ -80,7 +80,7 @@ def start_positions(graph: ICLGraph, lengths: Sequence[int], visible: Visible, s
     Raises
     ------
     CompileError
-        A negative position, or a callable that returns something else than one start per node.
+        A callable that returns something else than one whole number from 0 up per node.
 
     Warns
     -----
@@ -113,9 +113,6 @@ def start_positions(graph: ICLGraph, lengths: Sequence[int], visible: Visible, s
         end = start + lengths[i]
         ends[i] = end
         furthest = max(furthest, end)
-    if starts.size and starts.min() < 0:
-        i = int(starts.argmin())
-        raise CompileError(f"node {graph.names[graph.nodes[i]]!r} would start at position {starts[i]}; positions start at 0")
     return starts
 
 
@@ -132,7 +129,13 @@ def pinned_start(graph: ICLGraph, node: ICLNode, length: int) -> int | None:
 
 
 def given_starts(graph: ICLGraph, lengths: Sequence[int], scheme: Scheme) -> list[int] | None:
-    """What a scheme says, in layout order, apart from pins; None where nodes start after what they see."""
+    """What a scheme says, in layout order; None where nodes start after what they see. What it says of pinned nodes is unused.
+
+    Raises
+    ------
+    CompileError
+        Something else than one whole number from 0 up for each node without a pin.
+    """
     given = None if scheme.starts is None else scheme.starts(graph, dict(zip(graph.nodes, lengths, strict=True)))
     if given is None:
         return None
@@ -141,9 +144,28 @@ def given_starts(graph: ICLGraph, lengths: Sequence[int], scheme: Scheme) -> lis
         if missing:
             raise CompileError(f"the positions callable gave no start for node {missing[0]!r}")
         given = [given[node] for node in graph.nodes]
-    if len(given) != len(graph):
-        raise CompileError(f"the positions callable gave {len(given)} starts for {len(graph)} nodes; give one per node")
-    return [int(start) for start in given]
+    try:
+        each = list(given)
+    except TypeError:
+        words = f"the positions callable gave {given!r}; give one start per node, in layout order or by node"
+        raise CompileError(words) from None
+    if len(each) != len(graph):
+        raise CompileError(f"the positions callable gave {len(each)} starts for {len(graph)} nodes; give one per node")
+    return [_given_start(graph, node, start) for node, start in zip(graph.nodes, each, strict=True)]
+
+
+def _given_start(graph: ICLGraph, node: ICLNode, given: object) -> int:
+    if node.start_pos_id is not None or node.end_pos_id is not None:
+        return 0
+    start = whole_number(given)
+    if start is None:
+        raise CompileError(
+            f"the positions callable gave {given!r} as the start of node {graph.names[node]!r}; give a whole number, "
+            "for example round(start)"
+        )
+    if start < 0:
+        raise CompileError(f"node {graph.names[node]!r} would start at position {start}; positions start at 0")
+    return start
 
 
 def _warn_overlap(graph: ICLGraph, i: int, pin: int, runs: Sequence[tuple[int, int]], ends: npt.NDArray[np.int64]) -> None:
