@@ -284,6 +284,42 @@ def test_an_empty_batch_and_labels_of_another_batch():
         training.predictions(torch.zeros(3), torch.zeros(1, 3, dtype=torch.long))
 
 
+IDS = torch.tensor([[-100, -100, 7, 8], [-100, 3, -100, 2]])
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "words"),
+    [
+        (
+            torch.zeros(2, 8, 9),
+            IDS,
+            "labels have 4 columns and the logits 8, which are one prediction per token; take both",
+        ),
+        (torch.zeros(2, 3, 9), IDS, "labels have 4 columns and the logits 3"),
+        (torch.zeros(2, 2, 9), IDS, r"labels of shape \[2, 4\] are not those of logits with 2 columns"),
+        (torch.zeros(2, 1, 9), IDS, r"labels of shape \[2, 4\] are not those of logits with 1 columns"),
+        (torch.zeros(2, 4, 9), IDS.clamp(min=0), r"have targets where the collator puts none, such as the first column"),
+        (torch.zeros(4, 4, 9), IDS, "labels of 2 rows and logits of 4"),
+        (
+            torch.zeros(2, 4, 2, 9),
+            IDS,
+            r"logits of shape \[2, 4, 2, 9\] where logits \[B, S, V\] belong, one prediction per token",
+        ),
+        (torch.zeros(2, 2, 4, 9), IDS, r"logits of shape \[2, 2, 4, 9\] where logits"),
+        ((torch.zeros(2, 4, 9),) * 2, IDS, r"several logits of shape \[2, 4, 9\] where logits"),
+        (torch.zeros(2, 9), IDS, r"logits of shape \[2, 9\] where logits"),
+    ],
+)
+def test_logits_of_other_than_one_prediction_per_token(logits, labels, words):
+    for call in (lambda: training.loss({"logits": logits}, labels), lambda: training.predictions(logits, labels)):
+        with pytest.raises(
+            LeattnError, match=words if isinstance(logits, torch.Tensor) else r"where logits \[B, S, V\] belong"
+        ):
+            call()
+    with pytest.raises(LeattnError, match=words):
+        training.loss(logits if isinstance(logits, tuple) else (logits, None), labels)
+
+
 def test_the_implementation_must_stay_what_it_was():
     model = make_model("llama", "sdpa")
     collate = Collator(model)

@@ -156,6 +156,83 @@ def test_loss_falls(tmp_path):
     assert losses[-1] < losses[0] / 10
 
 
+def logits_of(model, batch):
+    with torch.no_grad():
+        return model(**{name: given for name, given in batch.items() if name != "labels"}, use_cache=False).logits
+
+
+@pytest.mark.parametrize("options", [{}, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}], ids=["", "acc"])
+def test_smoothed_labels_take_the_step_that_transformers_own_loss_takes(options, tmp_path):
+    """Without branches, transformers' own smoother takes the collator's labels as they are."""
+    examples = [example(seed, (answers,)) for seed, answers in enumerate([3, 1, 4, 2])]
+    models = [without_dropout(make_model("llama", "sdpa")) for _ in range(3)]
+    models[1].load_state_dict(models[0].state_dict())
+    models[2].load_state_dict(models[0].state_dict())
+    losses = []
+    for model, smoothing, own in zip(models, (0.3, 0.3, 0.0), (True, False, True), strict=True):
+        runner = trainer(model, tmp_path, examples, label_smoothing_factor=smoothing, eval_dataset=examples, **options)
+        if not own:
+            runner.compute_loss_func = None
+        losses.append((runner.evaluate()["eval_loss"], runner.train().training_loss))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] != pytest.approx(losses[2], rel=1e-4)
+    for found, expected in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_smoothed_labels_of_branches_are_smoothed_one_by_one(tmp_path):
+    """Each predicted id by itself through transformers' smoother, and the mean over all of them."""
+    model = without_dropout(make_model("llama", "sdpa"))
+    batch = Collator(model)(EXAMPLES)
+    logits, found = logits_of(model, batch), training.targets(batch["labels"], batch["input_ids"].shape[1])
+    smooth = transformers.trainer_pt_utils.LabelSmoother(epsilon=0.2)
+    each = [smooth({"logits": logits[r, c][None, None]}, id[None, None]) for r, c, id in zip(*found, strict=True)]
+    loss = trainer(model, tmp_path, label_smoothing_factor=0.2).train().training_loss
+    assert loss == pytest.approx(float(torch.stack(each).mean()), rel=1e-4)
+
+
+class OwnLoss(transformers.Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = training.loss(outputs, labels, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_a_loss_that_is_called_by_ones_own_is_smoothed_too_and_a_loop_of_ones_own_is_not(tmp_path):
+    model = without_dropout(make_model("llama", "sdpa"))
+    losses = []
+    for kind in (transformers.Trainer, OwnLoss):
+        copied = copy.deepcopy(model)
+        runner = trainer(copied, tmp_path, label_smoothing_factor=0.3)
+        runner.__class__ = kind
+        if kind is OwnLoss:
+            runner.compute_loss_func = None
+        losses.append(runner.train().training_loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    plain = []
+
+    class Ask(transformers.TrainerCallback):
+        def on_step_end(self, *args, **options):
+            batch = Collator(model)(EXAMPLES)
+            plain.append(float(training.loss({"logits": logits_of(model, batch)}, batch["labels"])))
+
+    runner = trainer(copy.deepcopy(model), tmp_path, label_smoothing_factor=0.3)
+    runner.add_callback(Ask())
+    runner.train()
+    assert plain == [pytest.approx(after_one_step(model)[0].item(), rel=1e-5)]
+    assert losses[0] != pytest.approx(plain[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_several_ids_per_token_without_our_loss_are_refused_in_words(smoothing, evaluates, tmp_path):
+    runner = trainer(make_model("llama", "sdpa"), tmp_path, label_smoothing_factor=smoothing, eval_dataset=EXAMPLES)
+    runner.compute_loss_func = None
+    with pytest.raises(leattn.LeattnError, match=r"several ids, .*; give the Trainer compute_loss_func=leattn\.training\.loss"):
+        runner.evaluate() if evaluates else runner.train()
+
+
 SCRIPT = """
 import tempfile
 

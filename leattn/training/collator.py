@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,15 @@ from torch.utils.data import get_worker_info
 from leattn.attention.inputs import input_form
 from leattn.errors import BackendError, LeattnError
 from leattn.model.record import Model
+from leattn.training.caller import calling_trainer
 from leattn.training.example import Example
 from leattn.training.loss import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+FETCHING = ("get_batch_samples", "evaluation_loop")
+"""The methods of a Trainer in which it takes batches from its collator."""
 
 
 class Collator:
@@ -76,7 +81,8 @@ class Collator:
         Raises
         ------
         LeattnError
-            Something else than examples, or labels that cannot be learnt.
+            Something else than examples, or labels that cannot be learnt; a token that predicts several ids, for a Trainer
+            without ``compute_loss_func``.
         BackendError
             The model runs another implementation by now.
         """
@@ -93,7 +99,10 @@ class Collator:
         inputs = self.form.inputs(prompts, self._device())
         starts = [inputs["input_ids"].shape[1] - len(prompt) for prompt in prompts]
         device = torch.device("cpu") if self.form.backend.name != "flex" else inputs["input_ids"].device
-        return {**inputs, "labels": _labels(pairs, starts, inputs["input_ids"].shape[1]).to(device)}
+        labels = _labels(pairs, starts, inputs["input_ids"].shape[1])
+        if labels.shape[1] > inputs["input_ids"].shape[1]:
+            _check_loss()
+        return {**inputs, "labels": labels.to(device)}
 
     def _device(self) -> torch.device:
         """Where masks are made, after making sure that they are the ones the model takes."""
@@ -119,6 +128,21 @@ class Collator:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _base=lambda: None)
+
+
+def _check_loss() -> None:
+    """Refuse several ids for one token where the Trainer that asks for the batch computes transformers' own loss.
+
+    A worker process, or a loop of one's own, cannot be looked at: there transformers refuses the batch by its size.
+    """
+    trainer = calling_trainer(FETCHING)
+    if trainer is None or trainer.compute_loss_func is not None:
+        return
+    if type(trainer).compute_loss is sys.modules["transformers.trainer"].Trainer.compute_loss:
+        raise LeattnError(
+            "a token of this batch predicts several ids, as several labelled branches continue one node, and transformers' own "
+            "loss takes one; give the Trainer compute_loss_func=leattn.training.loss, or label one branch per example"
+        )
 
 
 def _labels(pairs: Sequence[Sequence[tuple[int, int]]], starts: Sequence[int], columns: int) -> torch.Tensor:
