@@ -18,7 +18,7 @@ from leattn.generation.sink import continue_sinks
 from leattn.generation.together import OnInterrupt, write_together
 from leattn.kv.store import KVStore
 from leattn.model.record import Model
-from leattn.prompt.compile import CompiledPrompt, compile_prompt
+from leattn.prompt.compile import CompiledPrompt, compile_prompt, read_by
 from leattn.prompt.positions import Positions, scheme_of
 from leattn.prompt.visible import Visibility
 
@@ -62,7 +62,11 @@ def generate(
     target
         A compiled prompt, a graph or a node; a list of them is a batch and gives a list. Programs in a list run in one
         sequence and share the nodes that they have in common.
-    tokenizer, positions, visibility
+    tokenizer
+        To compile with, and to read what is written: texts and stop strings. The one given here counts, also for a prompt that
+        was compiled from ids or with another one; for None a compiled prompt's own, or, where it has none, that of the first
+        prompt in the list which has one.
+    positions, visibility
         To compile with; a compiled prompt brings its own.
     backend
         As in :func:`leattn.attend`.
@@ -126,6 +130,10 @@ def generate(
         raise BackendError(
             f"{type(model).__name__} has no generate; load it as a causal language model: AutoModelForCausalLM.from_pretrained"
         )
+    reader = tokenizer
+    if reader is None:
+        own = (item.tokenizer for item in targets if isinstance(item, CompiledPrompt))
+        reader = next((one for one in own if one is not None), None)
     prompts: list[CompiledPrompt | ICLGraph] = []
     for item in targets:
         graph = item if isinstance(item, CompiledPrompt) else as_graph(item)
@@ -135,9 +143,9 @@ def generate(
                     f"with positions={positions!r} the {len(graph.sinks)} sinks of a graph would go on at each other's "
                     "positions; use 'after_parents', or compile and generate each sink by itself"
                 )
-            graph = compile_prompt(graph, tokenizer, positions=positions, visibility=visibility)
-        if isinstance(graph, CompiledPrompt) and tokenizer is None:
-            tokenizer = graph.tokenizer
+            graph = compile_prompt(graph, reader, positions=positions, visibility=visibility)
+        if isinstance(graph, CompiledPrompt) and (tokenizer is not None or graph.tokenizer is None):
+            graph = read_by(graph, reader)
         prompts.append(graph)
 
     for_programs = {
@@ -150,7 +158,7 @@ def generate(
         results = write_together(
             model,
             prompts,
-            tokenizer,
+            reader,
             positions=positions,
             visibility=visibility,
             backend=backend,
@@ -166,8 +174,11 @@ def generate(
                 raise LeattnError(f"{name} is for programs; a graph with one sink and no GenNode is continued by transformers")
         if streamer is not None:
             hf_generate_kwargs["streamer"] = streamer
+        config = hf_generate_kwargs.get("generation_config") or getattr(model, "generation_config", None)
+        if getattr(config, "stop_strings", None):
+            hf_generate_kwargs["tokenizer"] = reader
         single = [prompt for prompt in prompts if isinstance(prompt, CompiledPrompt)]
         results = continue_sinks(
-            model, single, tokenizer, backend=backend, kv_store=kv_store, seed=seed, options=hf_generate_kwargs
+            model, single, reader, backend=backend, kv_store=kv_store, seed=seed, options=hf_generate_kwargs
         )
     return results if is_batch else results[0]

@@ -50,10 +50,11 @@ class Sampling:
         self.model, self.device = model, device
         self.processors = list(given.pop("logits_processor", None) or [])
         self.criteria = list(given.pop("stopping_criteria", None) or [])
-        stop = given.pop("stop_strings", None)
-        self.stop: tuple[str, ...] = (stop,) if isinstance(stop, str) else tuple(stop or ())
         self.base = given.pop("generation_config", None)
         self.given = given
+        stop = self._asked({}, "stop_strings")
+        given.pop("stop_strings", None)
+        self.stop: tuple[str, ...] = (stop,) if isinstance(stop, str) else tuple(stop or ())
         self._configs: dict[str, GenerationConfig] = {}
 
     def config(self, own: Mapping[str, Any]) -> GenerationConfig:

@@ -8,7 +8,7 @@ no branch needs.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ COMPACT = 4096
 
 
 class Schedule:
-    """The schedule of a program. ``branches`` are what is being or was written, by unit."""
+    """The schedule of a program. ``branches`` are what is being or was written, by unit; ``decode`` reads each unit's ids."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class Schedule:
         sampling: Sampling,
         *,
         seed: int,
-        decode: Decode,
+        decode: Mapping[int, Decode],
         token_budget: int | None,
         streamer: Streamer | None,
         on_finished: Callable[[str, str], None],
@@ -132,7 +132,7 @@ class Schedule:
             before,
             limit=self.sampling.limit(unit.sampling, len(before)) if limit is None else limit,
             stop=(*unit.stop, *self.sampling.stop),
-            decode=self.decode,
+            decode=self.decode[i],
             seed=self.seed,
         )
         self._running.append(i)

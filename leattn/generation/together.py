@@ -58,7 +58,8 @@ def write_together(
     program, parts = build(targets, tokenizer, positions=positions, visibility=visibility)
     record = Model.of(model)
     sampling = Sampling(model, config, record.device)
-    if tokenizer is None and (sampling.stop or any(unit.stop for unit in program.units)):
+    readers = {i: tokenizer if part.prompt is None else part.prompt.tokenizer for part in parts for i in part.branches.values()}
+    if any(reader is None and (sampling.stop or program.units[i].stop) for i, reader in readers.items()):
         raise LeattnError("stop strings are text, and there is no tokenizer to decode with; give one, or use eos_token_id")
     for i in program.written:
         sampling.config(program.units[i].sampling)
@@ -80,7 +81,7 @@ def write_together(
             work,
             sampling,
             seed=seed,
-            decode=decoder(tokenizer),
+            decode={i: decoder(reader) for i, reader in readers.items()},
             token_budget=token_budget,
             streamer=streamer,
             on_finished=finished,

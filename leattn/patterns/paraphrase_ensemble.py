@@ -21,7 +21,7 @@ from leattn.generation.sampling import Sampling
 from leattn.generation.session import Feed, session
 from leattn.kv.store import KVStore
 from leattn.model.record import Model
-from leattn.prompt.compile import CompiledPrompt, compile_prompt
+from leattn.prompt.compile import CompiledPrompt, compile_prompt, read_by
 from leattn.prompt.positions import Positions, scheme_of
 from leattn.prompt.visible import Visibility
 from leattn.table import html_table
@@ -113,7 +113,9 @@ def paraphrase_ensemble(
         A transformers model with ``generate``.
     phrasings
         The sinks, as nodes, as a graph, or compiled.
-    tokenizer, positions, visibility
+    tokenizer
+        To compile with, and to read what is written, as for :func:`leattn.generate`.
+    positions, visibility
         To compile with; a compiled prompt brings its own.
     mean
         ``"arithmetic"``: of the probabilities, a token is likely if some phrasings find it likely. ``"geometric"``: of the
@@ -165,6 +167,8 @@ def paraphrase_ensemble(
                 f"{name} is for leattn.generate; an ensemble writes one text, its phrasings in step: leave it out"
             )
     prompt = phrasings if isinstance(phrasings, CompiledPrompt) else _compiled(phrasings, tokenizer, positions, visibility)
+    if tokenizer is not None:
+        prompt = read_by(prompt, tokenizer)
     program, (part,) = build([prompt], prompt.tokenizer)
     record = Model.of(model)
     sampling = Sampling(model, hf_generate_kwargs, record.device)

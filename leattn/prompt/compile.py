@@ -303,6 +303,11 @@ def compile_prompt(
     )
 
 
+def read_by(prompt: CompiledPrompt, tokenizer: PreTrainedTokenizerBase | None) -> CompiledPrompt:
+    """The prompt with the same ids, which are turned into text with ``tokenizer``, as is what continues them."""
+    return prompt if tokenizer is prompt.tokenizer else replace(prompt, tokenizer=tokenizer)
+
+
 def columns_of(prompts: Sequence[CompiledPrompt], device: torch.device) -> Columns:
     """Prompts as one batch on a device, shorter ones padded on the left.
 
