@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -184,6 +186,79 @@ def test_tool_calls_and_dropped_thoughts():
     assert text_of(tokenizer, graph["assistant"]) == "<|im_start|>assistant\nYes.<|im_end|>\n"
 
 
+JSON_RESULTS = """{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + ('ipython' if message.role == 'tool' else message.role) + '<|end_header_id|>\\n\\n' }}
+    {%- if message.role == 'tool' %}
+        {{- message.content | tojson if wrap is not defined else {'output': message.content, 'id': 7} | tojson }}
+    {%- else %}
+        {{- message.content | trim }}
+    {%- endif %}
+    {{- '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
+"""As Llama 3.1's: results of tools are written as JSON."""
+RESULTS = [
+    "Lumo",
+    '{"city": "Lumo", "of": ["Zarvia"]}',
+    'a "b" \\ c\n\td',
+    '"',
+    '\\"',
+    "東京 🙂 é",
+    "</s> & 'x'",
+    "  \n x \n",
+    '""',
+    "\u2028\x00",
+]
+
+
+def tool(text: str) -> dict:
+    return {"role": "tool", "content": text}
+
+
+def check_results(texts: list[str], **options) -> None:
+    tokenizer = make_tokenizer(Family(JSON_RESULTS, FAMILIES["llama3"].special, bos="<|begin_of_text|>", eos="<|eot_id|>"))
+    messages = [system("Be kind."), user('Look: "x".'), *map(tool, texts)]
+    graph = from_chat(tokenizer, messages, **options)
+    assert ids_of(graph) == template_ids(tokenizer, messages, add_generation_prompt=True, **options)
+    for text, node in zip(texts, [node for node in graph if str(node.id).startswith("tool")], strict=True):
+        written = json.dumps(text if not options else {"output": text, "id": 7}, ensure_ascii=False)
+        assert f"<|start_header_id|>ipython<|end_header_id|>\n\n{written}<|eot_id|>" in text_of(tokenizer, node)
+
+
+@pytest.mark.parametrize("options", [{}, {"wrap": True}], ids=["", "wrapped"])
+@pytest.mark.parametrize("text", RESULTS)
+def test_results_that_a_template_writes_as_json(text, options):
+    check_results([text], **options)
+    check_results([text, "Lumo", text], **options)
+
+
+@settings(max_examples=40, deadline=None)
+@given(texts=st.lists(st.text(min_size=1) | st.text('"\\\n ,:a{}', min_size=1), min_size=1, max_size=3))
+def test_any_results_as_json(texts):
+    check_results(texts)
+
+
+def test_documents_before_a_question_that_is_written_as_json():
+    tokenizer = make_tokenizer(Family("{{ messages[0].content | tojson }}", ("<s>",)))
+    graph = from_chat(tokenizer, [user('a "b"\n')], ["Lumo."])
+    assert [text_of(tokenizer, graph[name]) for name in ("user header", "user")] == ['"', 'a \\"b\\"\\n"']
+
+
+@pytest.mark.parametrize("change", ["replace('c', 'k')", "title", "replace('c', 'k') | tojson", "tojson | tojson", "reverse"])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_message_that_a_template_changes_is_named(change, at):
+    template = (
+        "{% for message in messages %}{{ '<s>' + (message.content | "
+        + change
+        + " if loop.index0 == at else message.content) + '</s>' }}{% endfor %}"
+    )
+    tokenizer = make_tokenizer(Family(template, ("<s>", "</s>")))
+    messages = [user('c "a" cats'), assistant('c "b"\n'), user('cats c "a"')]
+    with pytest.raises(GraphError, match=rf"the text.* of .*message {at} \({messages[at]['role']}\)"):
+        from_chat(tokenizer, messages, at=at)
+
+
 def test_a_token_on_a_boundary_goes_to_one_side():
     """The newline that ends the header and the one that begins the question are one token here."""
     family = Family("{{ messages[0].content + '\n' + messages[1].content }}", ("<s>",), ("\n\n",))
@@ -280,7 +355,7 @@ def test_messages_are_left_as_they_were():
         (FORGETFUL, [user("a"), assistant("b")], "does not show the text of message 0 (user); change the conversation"),
         (SHOUTING, [user("a")], "does not show the text of message 0 (user)"),
         (STUTTERING, [user("a")], "shows 2 times the text of message 0 (user)"),
-        ("{{ messages[0].content | replace('c', 'k') }}", [user("cats")], "changes the texts of messages"),
+        ("{{ messages[0].content | replace('c', 'k') }}", [user("cats")], "message 0 (user) is not found in what it renders"),
         ("{{ raise_exception('no way') }}", [user("a")], "the chat template refuses this conversation: no way"),
         (None, [user("a")], "has no chat template; set tokenizer.chat_template"),
         (CHATML, [], "messages is a list of mappings with 'role' and 'content', not []; give at least one"),

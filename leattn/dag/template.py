@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -76,20 +77,35 @@ def locate(render: Template, messages: Sequence[Message], text: str) -> tuple[di
         for i in order:
             piece, _, rest = rest.partition(_mark(salt, i))
             pieces.append(piece)
-        spans = _align([*pieces, rest], [content_of(messages[i]) for i in order], text)
-        if spans is not None:
+        pieces.append(rest)
+        spans = _align(pieces, [_written(content_of(messages[i]), pieces[k : k + 2]) for k, i in enumerate(order)], text)
+        if not isinstance(spans, int):
             return dict(zip(order, spans, strict=True)), marked
-        problem = "the chat template changes the texts of messages, so that they cannot be found in what it renders"
+        problem = (
+            f"the chat template changes the texts of messages: that of {which(messages, order[spans])} is not found in what it "
+            "renders, neither as it is nor as JSON, so give it one that the template leaves as it is"
+            if order
+            else "the chat template writes another text around messages that it does not show"
+        )
     raise GraphError(f"{problem}; change the conversation, or build the graph from ICLNodes")
 
 
-def _align(pieces: Sequence[str], contents: Sequence[str], text: str) -> list[Span] | None:
-    """Spans of the contents, such that ``text`` is ``pieces[0]``, a part of ``contents[0]``, ``pieces[1]``, …
+def _written(content: str, around: Sequence[str]) -> list[str]:
+    """How a text may stand between two pieces of a template: as it is, or, in quotes, as JSON (Llama 3.1's tool results)."""
+    before, after = around
+    if not (before.endswith('"') and after.startswith('"')):
+        return [content]
+    return [content, *(json.dumps(content, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))]
 
-    Templates trim messages, or drop what was thought before an answer. The longest part goes first.
+
+def _align(pieces: Sequence[str], contents: Sequence[Sequence[str]], text: str) -> list[Span] | int:
+    """Spans of the contents, such that ``text`` is ``pieces[0]``, a part of one of ``contents[0]``, ``pieces[1]``, …
+
+    Templates trim messages, or drop what was thought before an answer. The longest part goes first. Where it cannot be done,
+    the first content for which there is no place.
     """
     if not text.startswith(pieces[0]):
-        return None
+        return 0
 
     def spans_of(k: int, start: int) -> Iterator[Span]:
         # Each (k, start) is tried once: a second visit would fail as the first did.
@@ -97,17 +113,20 @@ def _align(pieces: Sequence[str], contents: Sequence[str], text: str) -> list[Sp
             return
         visited.add((k, start))
         piece = pieces[k + 1]
-        for stop in range(min(start + len(contents[k]), len(text) - len(piece)), start - 1, -1):
+        longest = max(map(len, contents[k]))
+        for stop in range(min(start + longest, len(text) - len(piece)), start - 1, -1):
             ends = k + 1 < len(contents) or stop + len(piece) == len(text)
-            if ends and text.startswith(piece, stop) and text[start:stop] in contents[k]:
+            if ends and text.startswith(piece, stop) and any(text[start:stop] in content for content in contents[k]):
                 yield start, stop
 
     visited: set[tuple[int, int]] = set()
     found: list[Span] = []
     if not contents:
-        return found if text == pieces[0] else None
+        return found if text == pieces[0] else 0
     tries = [spans_of(0, len(pieces[0]))]
+    furthest = 0
     while tries:
+        furthest = max(furthest, len(tries) - 1)
         span = next(tries[-1], None)
         if span is None:
             tries.pop()
@@ -118,7 +137,7 @@ def _align(pieces: Sequence[str], contents: Sequence[str], text: str) -> list[Sp
         else:
             found.append(span)
             tries.append(spans_of(len(tries), span[1] + len(pieces[len(tries)])))
-    return None
+    return furthest
 
 
 def turns_of(render: Template, marked: Sequence[Message], places: Mapping[int, Span], text: str) -> list[tuple[int, int]]:
