@@ -142,8 +142,8 @@ def fold(
         for pair, into in zip(pairs, kept, strict=True):
             _keep(pair, into, weights, range(start, stop), columns)
 
-    mass = (mass / bounds.diff()[:, None]).permute(2, 1, 0).contiguous()
-    return Folded(mass, given / torch.where(seen_by > 0, seen_by, torch.nan), kept)
+    mass.div_(bounds.diff()[:, None])
+    return Folded(mass.permute(2, 1, 0), given / torch.where(seen_by > 0, seen_by, torch.nan), kept)
 
 
 def _keep(pair: Pair, into: torch.Tensor, weights: torch.Tensor, queries: range, columns: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, cast
 import torch
 
 from leattn.analysis.fold import Pair
+from leattn.analysis.memory import Footprint
 from leattn.analysis.watch import Tracer, watched
 from leattn.attention.request import Backend
 from leattn.dag.node import ICLNode
@@ -109,7 +110,8 @@ def trace(
     """Run a prompt once and keep node-level statistics of attention, hidden states, keys and values.
 
     Attention weights are recomputed from queries and keys in tiles of queries, on whichever backend runs: there is never
-    anything of size H × S × S. Long prompts take time in proportion to the pairs of tokens.
+    anything of size H × S × S. Long prompts take time in proportion to the pairs of tokens. What is kept grows with the pairs
+    of nodes, L × H × N × N numbers, and is asked room for before anything runs.
 
     Parameters
     ----------
@@ -117,7 +119,7 @@ def trace(
         One compiled prompt. To look at what was generated, too, make it a node:
         ``trace(model, result.prompt.continued(result.token_ids, "answer"))``.
     layers
-        Which to keep; all of them for None.
+        Which to keep; all of them for None. The way to trace many nodes in parts.
     tokens
         A pair of nodes (query, key), or several, whose weights are kept token by token.
     operations
@@ -131,7 +133,8 @@ def trace(
     Raises
     ------
     LeattnError
-        A layer or node that does not exist, a pair of which the first does not see the second, several prompts.
+        A layer or node that does not exist, a pair of which the first does not see the second, several prompts, more to keep
+        than there is memory for.
     BackendError
         A model that does not use transformers' attention interface, or that no backend serves.
 
@@ -159,31 +162,37 @@ def trace(
     if not kept:
         raise LeattnError("layers=[] keeps nothing; leave it out for all layers")
     pairs = _pairs(prompt, tokens)
-    tracer = Tracer(prompt, frozenset(kept), list(pairs.values()), tile_bytes)
+    _footprint(base, prompt, kept, list(pairs.values())).check(record.device)
+    tracer = Tracer(prompt, kept, list(pairs.values()), tile_bytes)
     with torch.no_grad(), watched(model, record, prompt, operations, backend, tracer) as attention:
         # Not the model itself: logits of a long prompt over a large vocabulary are the largest tensor of all.
         base(**attention.inputs, use_cache=False)
-    missing = [layer for layer in kept if layer not in tracer.folded or layer not in tracer.hidden]
+    missing = sorted(tracer.mass.missing | tracer.hidden.missing)
     if missing:
         raise BackendError(f"layers {missing} of {record.facts.family} ran no attention that trace could see; leave them out")
-
-    def stacked(by_layer: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        return torch.stack([by_layer[layer].float().cpu() for layer in kept])
-
-    weights = [stacked({layer: folded.pairs[i] for layer, folded in tracer.folded.items()}) for i in range(len(pairs))]
     return Trace(
         prompt=prompt,
         layers=tuple(kept),
-        mass=stacked({layer: folded.mass for layer, folded in tracer.folded.items()}),
-        first_tokens=stacked({layer: folded.first_tokens for layer, folded in tracer.folded.items()}),
-        hidden_norms=stacked(tracer.hidden),
-        key_norms=stacked(tracer.keys),
-        value_norms=stacked(tracer.values),
-        tokens={name: TokenWeights(one, pair.pool) for (name, pair), one in zip(pairs.items(), weights, strict=True)},
+        mass=tracer.mass.whole,
+        first_tokens=tracer.first_tokens.whole,
+        hidden_norms=tracer.hidden.whole,
+        key_norms=tracer.keys.whole,
+        value_norms=tracer.values.whole,
+        tokens={
+            name: TokenWeights(rows.whole, pair.pool) for (name, pair), rows in zip(pairs.items(), tracer.tokens, strict=True)
+        },
         backend=attention.backend.name,
         model="/".join(PurePath(str(base.config.name_or_path)).parts[-2:]) or type(model).__name__,
         dtype=str(base.dtype).removeprefix("torch."),
     )
+
+
+def _footprint(base: Any, prompt: CompiledPrompt, layers: Sequence[int], pairs: Sequence[Pair]) -> Footprint:
+    """What a trace takes; heads as the configuration says, the most where layers differ."""
+    heads = getattr(base.config, "num_attention_heads", 1)
+    most = max(heads) if isinstance(heads, Sequence) else int(heads)
+    item = 8 if base.dtype == torch.float64 else 4
+    return Footprint.of(len(layers), most, len(prompt.graph), len(prompt), pairs, item)
 
 
 def _pairs(prompt: CompiledPrompt, tokens: NodePair | Sequence[NodePair]) -> dict[tuple[str, str], Pair]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 
-from leattn.analysis.fold import Folded, Pair, Scores, fold
+from leattn.analysis.fold import Pair, Scores, fold
 from leattn.attention.around import Call
 from leattn.attention.block import Block, running
 from leattn.attention.request import Backend
@@ -18,23 +17,33 @@ from leattn.model.record import Model
 from leattn.prompt.compile import CompiledPrompt
 
 
-@dataclass(eq=False)
+class Rows:
+    """A tensor per layer, put at its place in one float32 tensor ``whole`` ``[L, …]`` on the CPU as it comes."""
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        self.places = {layer: place for place, layer in enumerate(layers)}
+        self.missing = set(layers)
+        self.whole = torch.empty(0)
+
+    def put(self, layer: int, row: torch.Tensor) -> None:
+        if len(self.missing) == len(self.places):
+            self.whole = torch.empty(len(self.places), *row.shape)
+        self.whole[self.places[layer]] = row
+        self.missing.discard(layer)
+
+
 class Tracer:
-    """What :func:`leattn.analysis.trace` puts around a model; ``folded``, ``hidden``, ``keys``, ``values`` by layer.
+    """What :func:`leattn.analysis.trace` puts around a model; what it keeps is in rows, one for each of ``layers``.
 
     ``inner`` is what was around the attention before, and does its work first.
     """
 
-    prompt: CompiledPrompt
-    layers: frozenset[int]
-    pairs: Sequence[Pair]
-    tile_bytes: int
-    inner: Any = None
-    folded: dict[int, Folded] = field(default_factory=dict)
-    hidden: dict[int, torch.Tensor] = field(default_factory=dict)
-    keys: dict[int, torch.Tensor] = field(default_factory=dict)
-    values: dict[int, torch.Tensor] = field(default_factory=dict)
-    _added: torch.Tensor | None = None
+    def __init__(self, prompt: CompiledPrompt, layers: Sequence[int], pairs: Sequence[Pair], tile_bytes: int) -> None:
+        self.prompt, self.layers, self.pairs, self.tile_bytes = prompt, layers, pairs, tile_bytes
+        self.inner: Any = None
+        self.mass, self.first_tokens, self.hidden, self.keys, self.values = (Rows(layers) for _ in range(5))
+        self.tokens = [Rows(layers) for _ in pairs]
+        self._added: torch.Tensor | None = None
 
     def before(self, call: Call) -> Any:
         mask = call.mask if self.inner is None else self.inner.before(call)
@@ -44,17 +53,21 @@ class Tracer:
     def after(self, call: Call) -> None:
         if self.inner is not None:
             self.inner.after(call)
-        if call.layer not in self.layers:
+        if call.layer not in self.mass.places:
             return
         sinks = cast("torch.Tensor | None", getattr(call.module, "sinks", None))
         scores = Scores(call.query[0], call.key[0], call.scaling, call.softcap, self._added, sinks)
         self._added = None
         request = call.request
-        self.folded[call.layer] = fold(
+        folded = fold(
             scores, self.prompt.offsets, request.columns, window=request.window, pairs=self.pairs, tile_bytes=self.tile_bytes
         )
-        self.keys[call.layer] = call.key[0].float().norm(dim=-1)
-        self.values[call.layer] = call.value[0].float().norm(dim=-1)
+        self.mass.put(call.layer, folded.mass)
+        self.first_tokens.put(call.layer, folded.first_tokens)
+        for rows, weights in zip(self.tokens, folded.pairs, strict=True):
+            rows.put(call.layer, weights)
+        self.keys.put(call.layer, call.key[0].float().norm(dim=-1))
+        self.values.put(call.layer, call.value[0].float().norm(dim=-1))
 
     def hook(self, attention: Block, layer: int) -> Any:
         """To go before a layer, after whatever edits its input."""
@@ -62,7 +75,7 @@ class Tracer:
         def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if running(attention.record) is attention:  # not the forward of another thread or block
                 hidden = args[0] if args else kwargs["hidden_states"]
-                self.hidden[layer] = hidden[0].float().norm(dim=-1)
+                self.hidden.put(layer, hidden[0].float().norm(dim=-1))
 
         return before
 

@@ -74,8 +74,8 @@ def from_chat(
     ------
     GraphError
         A slow tokenizer, no chat template, a conversation that the template refuses, a message whose text it drops, repeats
-        or changes by more than leaving out a part or writing it as JSON, documents without a user message. A turn to be written that others follow,
-        if the template does not show it after the very text that asks for it.
+        or changes by more than leaving out a part or writing it as JSON, documents without a user message. A turn to be
+        written that others follow, if the template does not show it after the very text that asks for it.
 
     Examples
     --------
