@@ -70,7 +70,12 @@ DRAWS = {
 def test_a_batch_is_refused_and_the_advice_is_right(name, i, both, alone):
     draw, expected = DRAWS[name]
     prompt = PROMPTS[i]
-    for several in (both, list(both), both[1], torch.stack(both), [alone[i][0], both[1]], both[0][:0]):
+    stacked = torch.stack(alone[i])
+    for layers in (stacked, stacked[:, 0]):
+        with pytest.raises(LeattnError, match=r"more than one prompt's .* list\(weights\)"):
+            draw(layers, prompt)
+        np.testing.assert_allclose(draw(list(layers), prompt), expected(alone[i], prompt), atol=1e-5)
+    for several in (torch.stack(both), both[0][:0], [alone[i][0], both[1]], both[1], both, list(both)):
         with pytest.raises(LeattnError, match="more than one prompt's") as error:
             draw(several, prompt)
     rows = [advised(error, layer, i) for layer in both]

@@ -72,9 +72,10 @@ def check_weights(weights: object, prompt: CompiledPrompt, where: str = "") -> t
         what = f"{weights.dtype} of shape {list(weights.shape)}" if isinstance(weights, torch.Tensor) else repr(weights)
         raise LeattnError(f"{where}attention weights are a floating-point tensor [H, S, S], not {what}")
     if weights.dim() > 4 or (weights.dim() == 4 and weights.shape[0] != 1):
+        row = f"of a batch its row i, without the padding, which is on the left: weights[i : i + 1, :, -{size}:, -{size}:]; "
         raise LeattnError(
-            f"{where}weights of shape {list(weights.shape)} are more than one prompt's [1, H, S, S]; take the row i in which "
-            f"it stands, without the padding, which is on the left: weights[i : i + 1, :, -{size}:, -{size}:] of each layer"
+            f"{where}weights of shape {list(weights.shape)} are more than one prompt's [1, H, S, S]; take "
+            f"{row if weights.dim() == 4 else ''}of layers stacked in one tensor a list of them, list(weights)"
         )
     queries, keys = weights.shape[-2:]
     if (queries, keys) != (size, size):
