@@ -167,7 +167,7 @@ class Session:
             self.step(feeds, [])
             yield feeds
 
-    def logits(self, last: Mapping[int, int], **model_kwargs: Any) -> Any:
+    def logits(self, last: Mapping[int, int]) -> Any:
         """The model's output for the last n tokens of each unit, side by side in the order given: ``logits`` ``[1, rows, V]``.
 
         Everything that they need and that is missing is computed in one forward.
@@ -176,9 +176,9 @@ class Session:
         feeds = [Feed(i, ids, True) for i, ids in self.queue]
         self.queue.clear()
         ends = dict(zip((feed.unit for feed in feeds), accumulate(len(feed.ids) for feed in feeds), strict=True))
-        return self.step(feeds, [row for i, n in last.items() for row in range(ends[i] - n, ends[i])], **model_kwargs)
+        return self.step(feeds, [row for i, n in last.items() for row in range(ends[i] - n, ends[i])])
 
-    def step(self, feeds: Sequence[Feed], rows: Sequence[int], **model_kwargs: Any) -> Any:
+    def step(self, feeds: Sequence[Feed], rows: Sequence[int]) -> Any:
         """One forward; the model's output with logits ``[1, rows, V]`` of the fed tokens in ``rows``, or hidden states."""
         ids: list[int] = []
         for feed in feeds:
@@ -188,7 +188,7 @@ class Session:
         record = self.block.record
         input_ids = torch.tensor([ids], device=self.block.columns.device)
         index = rows or [len(ids) - 1]
-        output = record.run(self.model, input_ids, index, past_key_values=self.arena, use_cache=True, **model_kwargs)
+        output = record.run(self.model, input_ids, index, past_key_values=self.arena, use_cache=True)
         self.computed += len(ids)
         for feed in feeds:
             if feed.is_last and (feed.unit in self._complete or not self.program.units[feed.unit].writes):

@@ -61,7 +61,7 @@ def write_together(
     if tokenizer is None and (sampling.stop or any(unit.stop for unit in program.units)):
         raise LeattnError("stop strings are text, and there is no tokenizer to decode with; give one, or use eos_token_id")
     for i in program.written:
-        sampling.config(program.units[i].sampling)
+        sampling.options(program.units[i].sampling)
     last = _last_position(program, sampling)
     record.facts.check_last_position(last, f"the last position may be {last}")
     if seed is None:
