@@ -6,11 +6,13 @@ Everything that asks for an option asks here, so that each has one meaning, whoe
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from leattn.errors import BackendError, LeattnError
@@ -184,6 +186,21 @@ class Options:
         if self.config.pad_token_id is None:
             arguments["pad_token_id"] = next(iter(self.ends), 0)
         return arguments
+
+    def processors(self, seen: Tensor, limit: int) -> Any:
+        """What changes the scores of a branch that goes on from ids ``[1, n]`` for ``limit`` tokens at most."""
+        config = copy.copy(self.config)
+        config.max_length = seen.shape[1] + limit  # what some of them count to
+        self.model._prepare_special_tokens(config, True, device=seen.device)
+        return self.model._get_logits_processor(
+            generation_config=config,
+            input_ids_seq_length=seen.shape[1],
+            encoder_input_ids=seen,
+            prefix_allowed_tokens_fn=self.call.get("prefix_allowed_tokens_fn"),
+            logits_processor=list(self.call.get("logits_processor") or []),
+            device=seen.device,
+            model_kwargs={},
+        )
 
     @property
     def ends(self) -> list[int]:

@@ -6,7 +6,6 @@ do never changes them.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +28,6 @@ class Sampling:
 
     def __init__(self, model: Any, options: Mapping[str, Any], device: torch.device) -> None:
         self.model, self.device, self.given = model, device, dict(options)
-        self.processors = list(self.given.get("logits_processor") or [])
         self.criteria = list(self.given.get("stopping_criteria") or [])
         self._options: dict[str, Options] = {}
         self.stop = self.options({}).stop
@@ -40,7 +38,6 @@ class Sampling:
         if key not in self._options:
             options = Options(self.model, {**self.given, **own})
             options.refuse_in_a_program()
-            self.model._prepare_special_tokens(options.config, True, device=self.device)
             self._options[key] = options
         return self._options[key]
 
@@ -49,17 +46,6 @@ class Sampling:
     ) -> Branch:
         """A branch that starts now; ``own`` are its own options, ``seen`` the ids that processors see in front of it."""
         options, ids = self.options(own), torch.tensor([seen], dtype=torch.long, device=self.device)
-        config = copy.copy(options.config)
-        config.max_length = len(seen) + limit  # what some processors count to
-        processors = self.model._get_logits_processor(
-            generation_config=config,
-            input_ids_seq_length=ids.shape[1],
-            encoder_input_ids=ids,
-            prefix_allowed_tokens_fn=self.given.get("prefix_allowed_tokens_fn"),
-            logits_processor=list(self.processors),
-            device=ids.device,
-            model_kwargs={},
-        )
         return Branch(
             name,
             limit=limit,
@@ -67,9 +53,9 @@ class Sampling:
             stop=stop,
             decode=decode,
             seen=ids,
-            processors=processors,
+            processors=options.processors(ids, limit),
             criteria=self.criteria,
-            do_sample=bool(config.do_sample),
+            do_sample=bool(options.config.do_sample),
             seed=branch_seed(seed, name),
         )
 

@@ -23,7 +23,7 @@ from leattn.errors import BackendError, LeattnError
 from leattn.generation.program import Program
 from leattn.kv.certify import certificate
 from leattn.kv.entry import NodeKV, node_kv
-from leattn.kv.fingerprint import fingerprint
+from leattn.kv.fingerprint import fingerprint, in_this_context
 from leattn.kv.keys import node_key
 from leattn.kv.rotary import shifted
 from leattn.kv.store import KVStore
@@ -101,7 +101,8 @@ class Session:
     def __init__(self, model: Any, program: Program, block: Block, store: KVStore | None) -> None:
         self.model, self.program, self.block, self.store = model, program, block, store
         if store is not None:
-            self._fingerprint, self._shifts = fingerprint(model), certificate(model).shift is None
+            self._fingerprint = in_this_context(fingerprint(model), block.columns.device)
+            self._shifts = certificate(model).shift is None
         (self.row,) = block.columns.rows
         # Room for all contents and headers and a few tokens of each branch; more comes when it runs out.
         self.arena = Arena(sum(len(unit.ids) + 64 * unit.writes for unit in program.units))
