@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from functools import cached_property
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -90,18 +89,28 @@ ONE_SINK = {
 """What one sink is continued with, and no program."""
 
 
+Way = Literal["one sink", "one sink and a store", "a program"]
+
+
 class Options:
-    """The options of one call; ``call`` are its arguments as they were given.
+    """The options of one call, for what is going to be done with them.
+
+    Attributes
+    ----------
+    call
+        The arguments as they were given.
+    config
+        What all places come to.
 
     Raises
     ------
     BackendError
-        A model without ``generate``; an option that nothing here can serve.
+        A model without ``generate``; an option that cannot be served here, with the place where it was set.
     LeattnError
-        A ``generation_config`` that is none.
+        A ``generation_config`` that is none; arguments that nobody knows here; what transformers itself refuses.
     """
 
-    def __init__(self, model: Any, call: Mapping[str, Any]) -> None:
+    def __init__(self, model: Any, call: Mapping[str, Any], way: Way) -> None:
         if not hasattr(model, "_prepare_generation_config"):
             raise BackendError(
                 f"{type(model).__name__} has no generate; load it with its language-model head (AutoModelForCausalLM)"
@@ -113,17 +122,14 @@ class Options:
         self._places = {"the model's generation_config": model.generation_config}
         if base is not None:
             self._places = {"the generation_config": base, **self._places}
-        self.refuse(NOWHERE)
+        self._refuse(NOWHERE)
+        if way == "a program":
+            self._refuse_in_a_program()
+        elif way == "one sink and a store":
+            self._refuse_with_a_store()
+        self.config = self._prepared()
 
-    @cached_property
-    def config(self) -> GenerationConfig:
-        """What all places come to.
-
-        Raises
-        ------
-        LeattnError
-            Options that transformers refuses.
-        """
+    def _prepared(self) -> GenerationConfig:
         options = {name: value for name, value in self.call.items() if name not in HARMLESS}
         try:
             config, _ = self.model._prepare_generation_config(self.call.get("generation_config"), **options)
@@ -132,19 +138,13 @@ class Options:
         return cast(GenerationConfig, config)
 
     @property
-    def for_the_model(self) -> list[str]:
+    def _for_the_model(self) -> list[str]:
         """Arguments that are no options of ``generate``, and would go on to the model's ``forward``."""
-        known = {*HARMLESS, *NOWHERE, *ONE_SINK, *vars(self.model.generation_config)}
+        known = {*HARMLESS, *NOWHERE, *ONE_SINK, *vars(GenerationConfig())}  # type: ignore[no-untyped-call]
         return sorted(name for name in self.call if name not in known)
 
-    def refuse(self, refusals: Mapping[str, Refusal]) -> None:
-        """Raise if one of these options is asked for, and say where, and what to do.
-
-        Raises
-        ------
-        BackendError
-            It is.
-        """
+    def _refuse(self, refusals: Mapping[str, Refusal]) -> None:
+        """Raise if one of these options is asked for, and say where, and what to do."""
         for name, (nothing, why, fix) in refusals.items():
             value, where = self._asked(name)
             if value is None or value in nothing:
@@ -154,22 +154,22 @@ class Options:
                 fix = f"give {name}={(*nothing, None)[0]!r} in the call (it is set in {where})"
             raise BackendError(f"{why.format(name=name, shown=shown)}; {fix}")
 
-    def refuse_in_a_program(self) -> None:
+    def _refuse_in_a_program(self) -> None:
         """Refuse what is about one sequence alone, and what nobody knows."""
-        self.refuse(ONE_SINK)
-        if self.for_the_model:
+        self._refuse(ONE_SINK)
+        if self._for_the_model:
             raise LeattnError(
-                f"{', '.join(map(repr, self.for_the_model))}: no such option where several branches are generated; there are "
+                f"{', '.join(map(repr, self._for_the_model))}: no such option where several branches are generated; there are "
                 "those of transformers' GenerationConfig, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, "
                 "streamer, on_finished, progress, token_budget and on_interrupt"
             )
 
-    def refuse_with_a_store(self) -> None:
+    def _refuse_with_a_store(self) -> None:
         """Refuse what cannot go on from stored keys and values, and every argument that would reach the model."""
-        self.refuse(WITHOUT_A_STORE)
-        if self.for_the_model:
+        self._refuse(WITHOUT_A_STORE)
+        if self._for_the_model:
             raise LeattnError(
-                f"{', '.join(map(repr, self.for_the_model))}: what a store holds was computed from the prompt alone, so with "
+                f"{', '.join(map(repr, self._for_the_model))}: what a store holds was computed from the prompt alone, so with "
                 "kv_store there are the options of transformers' GenerationConfig, logits_processor, stopping_criteria, "
                 "prefix_allowed_tokens_fn, streamer and synced_gpus; leave it out, or leave kv_store out"
             )

@@ -36,9 +36,7 @@ class Sampling:
         """The options of a branch: the model's, then the caller's, then its own."""
         key = json.dumps(dict(own), sort_keys=True, default=repr)
         if key not in self._options:
-            options = Options(self.model, {**self.given, **own})
-            options.refuse_in_a_program()
-            self._options[key] = options
+            self._options[key] = Options(self.model, {**self.given, **own}, "a program")
         return self._options[key]
 
     def branch(

@@ -37,15 +37,13 @@ def continue_sinks(
 ) -> list[Generation]:
     """One generation per prompt; several prompts are a batch, padded on the left. With a store there is one prompt."""
     record = Model.of(model)
-    asked = Options(model, options)
+    asked = Options(model, options, "one sink" if kv_store is None else "one sink and a store")
     arguments = asked.for_transformers(tokenizer)
     longest = max(len(prompt) for prompt in prompts)
     record.facts.check_positions(prompts, new_tokens=asked.new_tokens(longest))
     started = time.perf_counter()
     with ExitStack() as stack:
         work = None
-        if kv_store is not None:
-            asked.refuse_with_a_store()
         if kv_store is not None and not is_intervened(record):
             work = _filled(model, record, prompts[0], backend, kv_store)
             before = list(range(len(prompts[0].graph) - 1))

@@ -150,9 +150,14 @@ def _samples(tensors: Iterable[Tensor], count: int) -> bytes:
     """Every n-th value of each tensor, about ``count`` of them; one transfer per dtype and device."""
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
-        bits = _bits(tensor)
-        groups.setdefault((bits.dtype, bits.device), []).append(bits[:: max(1, len(bits) // count)][:count])
-    return b"".join(torch.cat(group).cpu().numpy().tobytes() for group in groups.values())
+        step = max(1, tensor.numel() // count)
+        if tensor.is_contiguous():
+            size = min(count, tensor.numel())
+            values = tensor.as_strided((size,), (step,))
+        else:
+            values = tensor.reshape(-1)[::step][:count]
+        groups.setdefault((tensor.dtype, tensor.device), []).append(values)
+    return b"".join(_bits(torch.cat(group)).cpu().numpy().tobytes() for group in groups.values())
 
 
 def _checksum(tensor: Tensor) -> int:

@@ -134,9 +134,9 @@ class _Walk:
         """
         if self._is_met(tensor):
             return
-        flatten = getattr(tensor, "__tensor_flatten__", None)
-        if flatten is not None:
-            parts, context = flatten()
+        is_ordinary = type(tensor) in (Tensor, nn.Parameter)
+        if not is_ordinary and hasattr(tensor, "__tensor_flatten__"):
+            parts, context = tensor.__tensor_flatten__()
             self.found.facts.append((name, type(tensor).__name__, _ADDRESS.sub("", repr(context))))
             for part in parts:
                 self.value(getattr(tensor, part), f"{name}.{part}", None)
@@ -149,8 +149,8 @@ class _Walk:
         if tensor.is_quantized or tensor.layout is not torch.strided:
             self.found.opaque.append((name, (id(tensor), version(tensor)), lambda: _dense(tensor)))
         else:
-            plain = tensor.detach() if type(tensor) in (Tensor, nn.Parameter) else tensor.detach().as_subclass(Tensor)
-            self.found.tensors.append((name, plain))
+            plain = tensor.detach()
+            self.found.tensors.append((name, plain if is_ordinary else plain.as_subclass(Tensor)))
         for part, inner in vars(tensor).items():  # a scale, a quantisation state
             self.value(inner, f"{name}.{part}", None)
 
@@ -170,7 +170,7 @@ class _Walk:
     def _without_adapters(self, module: nn.Module, name: str, children: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         """The children of a module; of a layer with adapters (PEFT) what it computes with now, the layer below in its place."""
         # A transformers model itself has methods of these names.
-        if not hasattr(module, "active_adapters") or callable(getattr(module, "disable_adapters", callable)):
+        if not hasattr(type(module), "active_adapters") or callable(getattr(type(module), "disable_adapters", callable)):
             yield from children.items()
             return
         if not hasattr(module, "adapter_layer_names"):  # not as PEFT has it: all that it says counts
@@ -242,7 +242,7 @@ def _is_ours(hook: Any) -> bool:
 
 def _offloaded_weights(module: nn.Module) -> Any:
     """Where accelerate keeps the weights of a module between calls, or None."""
-    hook = getattr(module, "_hf_hook", None)
+    hook = vars(module).get("_hf_hook")
     hooks = getattr(hook, "hooks", [hook])
     return next((one.weights_map for one in hooks if getattr(one, "weights_map", None) is not None), None)
 
