@@ -27,7 +27,7 @@ from leattn.kv.fingerprint import fingerprint, in_this_context
 from leattn.kv.keys import node_key
 from leattn.kv.rotary import shifted
 from leattn.kv.store import KVStore
-from leattn.model.cache import Arena
+from leattn.model.cache import Arena, what_else_is_cached
 from leattn.model.record import Model
 from leattn.prompt.columns import Columns, Row
 from leattn.prompt.positions import after_seen
@@ -64,6 +64,10 @@ def session(
             "interventions follow the layout of one compiled prompt, and here tokens run in another order; leave the intervene "
             "block first (what a program wrote compiles, as result.realised, to a prompt to intervene on)"
         )
+    beside = what_else_is_cached(record.base.config)
+    if beside is not None:
+        which = "a program" if kv_store is None else "kv_store"
+        raise BackendError(f"{which} cannot serve {type(model).__name__}: {beside}; generate from one sink, without kv_store")
     record.facts.check_token(*max((max(unit.ids, default=0), unit.name) for unit in program.units))
     if kv_store is not None:
         check_store(model, kv_store)
@@ -76,6 +80,12 @@ def check_store(model: Any, store: KVStore) -> None:
     """Refuse what is no store, and a model whose keys and values cannot be used again."""
     if not isinstance(store, KVStore):
         raise LeattnError(f"kv_store is a leattn.KVStore, not {store!r}; make one with leattn.KVStore(max_bytes=...)")
+    devices = {str(weight.device) for weight in Model.of(model).base.parameters() if not weight.is_meta}
+    if len(devices) > 1:
+        raise BackendError(
+            f"kv_store cannot serve {type(model).__name__}: its layers are on several devices ({', '.join(sorted(devices))}), and "
+            "what is stored of a node goes to one; put it on one device, or leave kv_store out"
+        )
     reason = certificate(model).reuse
     if reason is not None:
         raise BackendError(f"kv_store cannot serve {type(model).__name__}: {reason}")

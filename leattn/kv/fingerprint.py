@@ -19,7 +19,7 @@ from leattn.dag.node import ICLNode
 from leattn.errors import BackendError, LeattnWarning
 from leattn.kv.entry import node_kv
 from leattn.kv.weights import Weights, unpacked, version, weights
-from leattn.model.cache import full_length_cache
+from leattn.model.cache import full_length_cache, what_else_is_cached
 from leattn.model.record import Model
 from leattn.prompt.compile import compile_prompt
 
@@ -96,6 +96,9 @@ def in_this_context(name: bytes, device: torch.device) -> bytes:
 
 def _try_out(model: Any, record: Model) -> bytes:
     """The keys and values of fixed tokens: of the model as it is, without autocast, dropout or any block around."""
+    beside = what_else_is_cached(record.base.config)
+    if beside is not None:
+        raise BackendError(beside)
     ids = [(7919 * i + 5) % record.facts.vocabulary for i in range(_TOKENS)]
     prompt, cache = compile_prompt(ICLNode(ids, id="tokens")), full_length_cache(None)
     with probing(record.base, record), warnings.catch_warnings():

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from leattn.errors import BackendError
 
@@ -47,7 +47,7 @@ class ArenaLayer(DynamicLayer):
             packed = next((type(one).__name__ for one in (keys[0], values[0]) if type(one) is not Tensor), None)
             if packed is not None:
                 raise BackendError(
-                    f"this model keeps each key or value as a {packed}, and a program or a store needs ordinary tensors; "
+                    f"this model keeps keys or values as {packed}, and a program or a store needs ordinary tensors; "
                     "quantise weights alone, or generate from one sink without kv_store"
                 )
             self.lazy_initialization(keys[0], values[0])
@@ -131,6 +131,18 @@ def full_length_cache(cache: Any) -> Any:
     layers: list[Any] = cache.layers
     cache.layers = [DynamicLayer() if layer.is_sliding else layer for layer in layers]  # type: ignore[no-untyped-call]
     return cache
+
+
+def what_else_is_cached(config: Any) -> str | None:
+    """Why the cache of a model with this config cannot be put together from keys and values, or None.
+
+    Sparse indexers keep keys of their own beside those of attention.
+    """
+    kinds = {type(layer) for layer in DynamicCache(config=config).layers if isinstance(layer, DynamicLayer)}
+    others = sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
+    if not others:
+        return None
+    return f"its cache keeps more than keys and values ({', '.join(others)}), and that would be missing"
 
 
 def cached_tokens(cache: Any) -> int:
