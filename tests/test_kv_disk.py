@@ -122,7 +122,7 @@ def test_foreign_files_are_misses(tmp_path):
         lambda file: file.write_bytes(b"something else"),
         lambda file: file.write_bytes(b""),
         lambda file: save_file({"keys.0": torch.zeros(1, 2, 3)}, file),
-        lambda file: save_file({"keys.0": torch.zeros(1, 2, 3)}, file, {"format": "leattn-kv-1"}),
+        lambda file: save_file({"keys.0": torch.zeros(1, 2, 3)}, file, {"format": "leattn-kv-2"}),
     ):
         write(file_of(tmp_path, 1))
         assert_damaged(tmp_path)

@@ -360,7 +360,7 @@ class TestReasons:
         if head == "classifier":
             model = AutoModelForSequenceClassification.from_config(model.config).eval()
         for nodes in (ICLNode([5, 6]), [ICLNode([5, 6]), ICLNode([7, 8])], leattn.GenNode([5, 6], max_new_tokens=2)):
-            with pytest.raises(BackendError, match=rf"{type(model).__name__} has no generate; load it as"):
+            with pytest.raises(BackendError, match=rf"{type(model).__name__} has no generate; load it"):
                 leattn.generate(model, nodes, kv_store=KVStore() if store else None)
 
     def test_a_path_is_no_model(self):

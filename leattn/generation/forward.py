@@ -25,16 +25,6 @@ from leattn.prompt.visible import Visibility
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NOT_WITH_A_STORE = (
-    "past_key_values",
-    "use_cache",
-    "labels",
-    "logits_to_keep",
-    "return_dict",
-    "output_hidden_states",
-    "output_attentions",
-)
-
 
 def forward(
     model: Any,
@@ -52,9 +42,9 @@ def forward(
     Further keyword arguments go to the model (``output_attentions=True`` wants ``backend="eager"``). Gradients follow the
     caller's ``torch.no_grad``. Raises as :func:`leattn.attend` does.
 
-    With ``kv_store``, for one prompt and without gradients, only the sinks and what the store does not have are computed, and
-    ``logits`` (``last_hidden_state`` of a model without a head) are those of the sinks' tokens, in layout order. Inside
-    ``intervene`` the store is neither read nor written.
+    With ``kv_store``, for one prompt, without gradients and without further arguments, only the sinks and what the store does
+    not have are computed, and ``logits`` (``last_hidden_state`` of a model without a head) are those of the sinks' tokens, in
+    layout order. Inside ``intervene`` the store is neither read nor written.
 
     Examples
     --------
@@ -76,22 +66,26 @@ def forward(
         raise LeattnError("with kv_store, forward takes one prompt; call it for each, they share what is in the store")
     if mask is not None:
         raise LeattnError("what the store holds was computed without a mask of your own; give mask or kv_store, not both")
-    for name in NOT_WITH_A_STORE:
-        if name in model_kwargs:
-            raise LeattnError(
-                f"{name} does not go together with kv_store, which decides what is computed; leave one of them out"
-            )
-    return _with_store(model, prompts, backend, kv_store, model_kwargs)
+    asked = [*model_kwargs, *(name for name in ("output_attentions", "output_hidden_states") if _is_set(model, name))]
+    if asked:
+        raise LeattnError(
+            f"{', '.join(asked)} does not go together with kv_store: only missing tokens are computed, from the prompt "
+            "alone and in an order of their own; leave it out, or leave kv_store out"
+        )
+    return _with_store(model, prompts, backend, kv_store)
 
 
-def _with_store(
-    model: Any, prompt: CompiledPrompt, backend: str | Backend, store: KVStore, model_kwargs: dict[str, Any]
-) -> Any:
+def _is_set(model: Any, name: str) -> bool:
+    """Whether the model's own config asks for more than logits."""
+    return bool(getattr(Model.of(model).base.config, name, False))
+
+
+def _with_store(model: Any, prompt: CompiledPrompt, backend: str | Backend, store: KVStore) -> Any:
     record = Model.of(model)
     sinks = [prompt.graph.index[sink] for sink in prompt.graph.sinks]
     lengths = {i: prompt.offsets[i + 1] - prompt.offsets[i] for i in sinks}
     if is_intervened(record):
-        output = forward(model, prompt, backend=backend, **model_kwargs)
+        output = forward(model, prompt, backend=backend)
         name = "logits" if hasattr(output, "logits") else "last_hidden_state"
         tokens = torch.cat([torch.arange(*prompt.offsets[i : i + 2]) for i in sinks])
         setattr(output, name, getattr(output, name)[:, tokens])
@@ -99,7 +93,7 @@ def _with_store(
     record.facts.check_positions([prompt])
     program, _ = build([prompt], prompt.tokenizer)
     with session(model, record, program, backend=backend, kv_store=store) as work:
-        output = work.logits(lengths, **model_kwargs)
+        output = work.logits(lengths)
     output.past_key_values = None  # in the order in which tokens were computed, of no use outside
     return output
 

@@ -11,7 +11,7 @@ from leattn.attention.request import Backend
 from leattn.dag.gennode import GenNode
 from leattn.dag.graph import ICLGraph, as_graph
 from leattn.dag.node import ICLNode
-from leattn.errors import BackendError, LeattnError
+from leattn.errors import LeattnError
 from leattn.generation.program import is_program
 from leattn.generation.result import Generation
 from leattn.generation.sink import continue_sinks
@@ -125,11 +125,7 @@ def generate(
             raise LeattnError(
                 f"{name} comes from the prompt; put the tokens into a node, or use leattn.attend with model.generate"
             )
-    Model.of(model)
-    if not hasattr(model, "generate"):
-        raise BackendError(
-            f"{type(model).__name__} has no generate; load it as a causal language model: AutoModelForCausalLM.from_pretrained"
-        )
+    Model.of(model)  # says of what is no model that it is none
     reader = tokenizer
     if reader is None:
         own = (item.tokenizer for item in targets if isinstance(item, CompiledPrompt))

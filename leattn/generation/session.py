@@ -23,7 +23,7 @@ from leattn.errors import BackendError, LeattnError
 from leattn.generation.program import Program
 from leattn.kv.certify import certificate
 from leattn.kv.entry import NodeKV, node_kv
-from leattn.kv.fingerprint import fingerprint
+from leattn.kv.fingerprint import fingerprint, in_this_context
 from leattn.kv.keys import node_key
 from leattn.kv.rotary import shifted
 from leattn.kv.store import KVStore
@@ -64,11 +64,10 @@ def session(
             "interventions follow the layout of one compiled prompt, and here tokens run in another order; leave the intervene "
             "block first (what a program wrote compiles, as result.realised, to a prompt to intervene on)"
         )
-    if not record.facts.keeps_keys_only:
-        raise BackendError(
-            f"the cache of {record.facts.family} holds more than keys and values (an index of them, or a state); it continues "
-            "graphs with one sink, without kv_store and GenNodes"
-        )
+    beside = record.facts.cached_beside
+    if beside is not None:
+        which = "a program" if kv_store is None else "kv_store"
+        raise BackendError(f"{which} cannot serve {type(model).__name__}: {beside}; generate from one sink, without kv_store")
     record.facts.check_token(*max((max(unit.ids, default=0), unit.name) for unit in program.units))
     if kv_store is not None:
         check_store(model, kv_store)
@@ -81,6 +80,12 @@ def check_store(model: Any, store: KVStore) -> None:
     """Refuse what is no store, and a model whose keys and values cannot be used again."""
     if not isinstance(store, KVStore):
         raise LeattnError(f"kv_store is a leattn.KVStore, not {store!r}; make one with leattn.KVStore(max_bytes=...)")
+    devices = {str(weight.device) for weight in Model.of(model).base.parameters() if not weight.is_meta}
+    if len(devices) > 1:
+        raise BackendError(
+            f"kv_store cannot serve {type(model).__name__}: its layers are on several devices ({', '.join(sorted(devices))}), and "
+            "what is stored of a node goes to one; put it on one device, or leave kv_store out"
+        )
     reason = certificate(model).reuse
     if reason is not None:
         raise BackendError(f"kv_store cannot serve {type(model).__name__}: {reason}")
@@ -106,7 +111,8 @@ class Session:
     def __init__(self, model: Any, program: Program, block: Block, store: KVStore | None) -> None:
         self.model, self.program, self.block, self.store = model, program, block, store
         if store is not None:
-            self._fingerprint, self._shifts = fingerprint(model), certificate(model).shift is None
+            self._fingerprint = in_this_context(fingerprint(model), block.columns.device)
+            self._shifts = certificate(model).shift is None
         (self.row,) = block.columns.rows
         # Room for all contents and headers and a few tokens of each branch; more comes when it runs out.
         self.arena = Arena(sum(len(unit.ids) + 64 * unit.writes for unit in program.units))
@@ -172,7 +178,7 @@ class Session:
             self.step(feeds, [])
             yield feeds
 
-    def logits(self, last: Mapping[int, int], **model_kwargs: Any) -> Any:
+    def logits(self, last: Mapping[int, int]) -> Any:
         """The model's output for the last n tokens of each unit, side by side in the order given: ``logits`` ``[1, rows, V]``.
 
         Everything that they need and that is missing is computed in one forward.
@@ -181,9 +187,9 @@ class Session:
         feeds = [Feed(i, ids, True) for i, ids in self.queue]
         self.queue.clear()
         ends = dict(zip((feed.unit for feed in feeds), accumulate(len(feed.ids) for feed in feeds), strict=True))
-        return self.step(feeds, [row for i, n in last.items() for row in range(ends[i] - n, ends[i])], **model_kwargs)
+        return self.step(feeds, [row for i, n in last.items() for row in range(ends[i] - n, ends[i])])
 
-    def step(self, feeds: Sequence[Feed], rows: Sequence[int], **model_kwargs: Any) -> Any:
+    def step(self, feeds: Sequence[Feed], rows: Sequence[int]) -> Any:
         """One forward; the model's output with logits ``[1, rows, V]`` of the fed tokens in ``rows``, or hidden states."""
         ids: list[int] = []
         for feed in feeds:
@@ -193,7 +199,7 @@ class Session:
         record = self.block.record
         input_ids = torch.tensor([ids], device=self.block.columns.device)
         index = rows or [len(ids) - 1]
-        output = record.run(self.model, input_ids, index, past_key_values=self.arena, use_cache=True, **model_kwargs)
+        output = record.run(self.model, input_ids, index, past_key_values=self.arena, use_cache=True)
         self.computed += len(ids)
         for feed in feeds:
             if feed.is_last and (feed.unit in self._complete or not self.program.units[feed.unit].writes):

@@ -62,7 +62,7 @@ def write_together(
     if any(reader is None and (sampling.stop or program.units[i].stop) for i, reader in readers.items()):
         raise LeattnError("stop strings are text, and there is no tokenizer to decode with; give one, or use eos_token_id")
     for i in program.written:
-        sampling.config(program.units[i].sampling)
+        sampling.options(program.units[i].sampling)
     last = _last_position(program, sampling)
     record.facts.check_last_position(last, f"the last position may be {last}")
     if seed is None:

@@ -77,7 +77,7 @@ def node_kv(cache: Any, slots: slice | Tensor, start: int, *, row: int = 0) -> N
     Raises
     ------
     BackendError
-        A layer that wrote no keys, or keeps something else than keys and values.
+        A layer that wrote no keys, or keeps something else than keys and values as ordinary tensors.
 
     Examples
     --------
@@ -93,6 +93,11 @@ def node_kv(cache: Any, slots: slice | Tensor, start: int, *, row: int = 0) -> N
             tensor = getattr(layer, name, None)
             if not isinstance(tensor, Tensor) or tensor.dim() != 4:
                 raise BackendError(f"layer {index} of the cache holds no {name} of the form [B, G, S, D], so none can be kept")
+            if type(tensor) is not Tensor:
+                raise BackendError(
+                    f"the {name} of layer {index} are a {type(tensor).__name__}, which cannot be kept apart from the others; "
+                    "quantise weights alone, not what is computed with them"
+                )
             tensors.append(_copy(tensor[row], slots))
     keys, values = kept
     return NodeKV(tuple(keys), tuple(values), start)

@@ -36,8 +36,20 @@ class ArenaLayer(DynamicLayer):
         return self.keys, self.values
 
     def extend(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Append several pieces ``[B, G, n, D]`` one after another."""
+        """Append several pieces ``[B, G, n, D]`` one after another.
+
+        Raises
+        ------
+        BackendError
+            Keys or values that are no ordinary tensors.
+        """
         if not self.is_initialized:
+            packed = next((type(one).__name__ for one in (keys[0], values[0]) if type(one) is not Tensor), None)
+            if packed is not None:
+                raise BackendError(
+                    f"this model keeps keys or values as {packed}, and a program or a store needs ordinary tensors; "
+                    "quantise weights alone, or generate from one sink without kv_store"
+                )
             self.lazy_initialization(keys[0], values[0])
         held = self.get_seq_length()
         stop = held + sum(piece.shape[-2] for piece in keys)

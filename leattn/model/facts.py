@@ -27,7 +27,7 @@ class Facts:
     positions a table holds, ``rope_limit`` up to where rotary angles do not depend on the length of the input, ``index_limit``
     how many tokens a sequence may have before its attention depends on their index in it, ``trained_length`` what the model was
     trained for; None where there is no such thing. ``threshold`` is how many tokens it takes to see what the config says
-    begins later.
+    begins later. ``cached_beside`` is why its cache cannot be put together from keys and values, or None.
     """
 
     family: str
@@ -35,7 +35,7 @@ class Facts:
     can_switch: bool
     takes_positions: bool
     stateful: bool
-    keeps_keys_only: bool
+    cached_beside: str | None
     windowed: bool
     windows: dict[str, int | None]
     windows_by_index: bool
@@ -112,7 +112,7 @@ def read_facts(base: PreTrainedModel) -> Facts:
         can_switch=bool(base._can_set_attn_implementation()),
         takes_positions="position_ids" in inspect.signature(base.forward).parameters,
         stateful=_is_stateful(base, caches),
-        keeps_keys_only=all(type(layer) in _KEYS_ONLY or not hasattr(layer, "keys") for layer in caches),
+        cached_beside=_cached_beside(caches),
         windowed=any(getattr(layer, "is_sliding", False) for layer in caches),
         windows=_windows(config),
         windows_by_index="local" in (getattr(config, "attention_layers", None) or ()),  # GPT-Neo
@@ -131,7 +131,13 @@ def read_facts(base: PreTrainedModel) -> Facts:
     )
 
 
-_KEYS_ONLY = (DynamicLayer, DynamicSlidingWindowLayer)
+def _cached_beside(caches: Sequence[Any]) -> str | None:
+    """Why the model's cache cannot be put together from keys and values, or None. Sparse indexers keep keys of their own."""
+    kinds = {type(layer) for layer in caches if hasattr(layer, "keys") and isinstance(layer, DynamicLayer)}
+    others = sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
+    if not others:
+        return None
+    return f"its cache keeps more than keys and values ({', '.join(others)}), and that would be missing"
 
 
 def embeddings(base: PreTrainedModel) -> Tensor:

@@ -51,6 +51,7 @@ class Model:
         self.blocks: list[Any] = []
         self.handles: tuple[Any, ...] = ()
         self.originals: list[tuple[Any, Any]] = []
+        self._is_placed = False
 
     @classmethod
     def of(cls, model: Any) -> Model:
@@ -94,14 +95,29 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where its inputs go."""
-        return self._embeddings.device
+        """Where its inputs go: to its embeddings, or to where accelerate runs those that it offloads.
+
+        Raises
+        ------
+        BackendError
+            Weights on the meta device, which nobody puts in place before they are used.
+        """
+        weight = self._embeddings
+        if weight.is_meta or not self._is_placed:
+            lost = next((name for name, tensor in self.base.named_parameters() if tensor.is_meta), None)
+            if lost is not None and not any(_offloads(module) for module in self.base.modules()):
+                raise BackendError(
+                    f"{type(self.base).__name__} has no values for {lost!r} (meta device); load its weights, or move it with "
+                    "to_empty and load_state_dict"
+                )
+            self._is_placed = lost is None
+        return weight.device if not weight.is_meta else _execution_device(self.base)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of its first floating-point parameter."""
         dtypes = (parameter.dtype for parameter in self.base.parameters() if parameter.is_floating_point())
-        return cast(torch.dtype, next(dtypes))
+        return next(dtypes, torch.float32)
 
     @property
     def facts(self) -> Facts:
@@ -243,6 +259,29 @@ def _check_no_virtual_tokens(model: Any) -> None:
             f"{tuning.peft_type.value} puts {tuning.num_virtual_tokens} virtual tokens in front of every input, which are no "
             "columns of the prompt; use an adapter of weights (LoRA, IA3), or the base model: model.get_base_model()"
         )
+
+
+def _hooks(module: torch.nn.Module) -> list[Any]:
+    """What accelerate put around a module."""
+    hook = getattr(module, "_hf_hook", None)
+    return list(getattr(hook, "hooks", [hook]))
+
+
+def _offloads(module: torch.nn.Module) -> bool:
+    """Whether accelerate keeps the weights of a module elsewhere between calls."""
+    return any(getattr(hook, "weights_map", None) is not None for hook in _hooks(module))
+
+
+def _execution_device(base: Any) -> torch.device:
+    """Where accelerate runs the embeddings, whose weights are elsewhere between calls."""
+    for module in (base.get_input_embeddings(), *base.modules()):
+        for hook in _hooks(module):
+            device = getattr(hook, "execution_device", None)
+            if device is not None and torch.device(device).type != "meta":
+                return torch.device(device)
+    raise BackendError(
+        f"{type(base).__name__} is offloaded, and nothing says where it runs; give accelerate an execution_device"
+    )
 
 
 def _backbone(model: Any) -> PreTrainedModel:
