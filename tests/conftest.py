@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["LEATTN_CACHE"] = "off"  # models that tests change are tried anew
 
 import pytest
 from hypothesis import HealthCheck, settings

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leattn.attention.backends import refusal
+from leattn.attention.backends import BACKENDS, refusal
 from leattn.attention.block import Block, check_not_in_use, follow, unfollowed
 from leattn.attention.request import NEEDS, Backend
+from leattn.attention.verdicts import verdicts
 from leattn.dag.node import ICLNode
 from leattn.errors import BackendError
 from leattn.model.facts import Facts
@@ -81,15 +82,27 @@ def route(model: Any, record: Model, backend: Backend) -> tuple[str | None, bool
         which = (id(backend), variant(model))
         if which not in record.routes:
             # The backend itself is kept, so that its id stays its own.
-            record.routes[which] = (backend, *_found_out(model, record, backend))
+            record.routes[which] = (backend, *_remembered(model, record, backend))
         _, reason, native = record.routes[which]
         return reason, native
 
 
-def _found_out(model: Any, record: Model, backend: Backend) -> tuple[str | None, bool]:
+def _remembered(model: Any, record: Model, backend: Backend) -> tuple[str | None, bool]:
+    """What the config tells, or an earlier process found out, or else what is found out now."""
     reason = refusal(backend, record)
     if reason is not None:
         return reason, False
+    if BACKENDS.get(backend.name) is not backend:  # the user's own
+        return _found_out(model, record, backend)
+    kept = verdicts(model, record)
+    if kept[backend.name] is None:
+        kept[backend.name] = found = _found_out(model, record, backend)
+        return found
+    reason, native = kept[backend.name]
+    return reason, native
+
+
+def _found_out(model: Any, record: Model, backend: Backend) -> tuple[str | None, bool]:
     plain = _plain(model, record)
     if isinstance(plain, str):
         return plain, False

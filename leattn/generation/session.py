@@ -83,7 +83,7 @@ def check_store(model: Any, store: KVStore) -> None:
     devices = {str(weight.device) for weight in Model.of(model).base.parameters() if not weight.is_meta}
     if len(devices) > 1:
         raise BackendError(
-            f"kv_store cannot serve {type(model).__name__}: its layers are on several devices ({', '.join(sorted(devices))}), and "
+            f"kv_store cannot serve {type(model).__name__}: its layers are on several devices ({', '.join(sorted(devices))}): "
             "what is stored of a node goes to one; put it on one device, or leave kv_store out"
         )
     reason = certificate(model).reuse

@@ -13,6 +13,7 @@ from torch import Tensor
 from leattn.attention.attend import prepare
 from leattn.attention.block import follow
 from leattn.attention.probe import in_words, probing, sample, sample_tokens
+from leattn.attention.verdicts import verdicts
 from leattn.errors import BackendError, LeattnWarning
 from leattn.kv.entry import NodeKV, node_kv
 from leattn.model.cache import full_length_cache
@@ -59,9 +60,28 @@ def certificate(model: Any) -> Certificate:
         if which not in record.certificates:
             with probing(model, record), warnings.catch_warnings():
                 warnings.simplefilter("ignore", LeattnWarning)
-                record.certificates[which] = _tried(model, record)
+                record.certificates[which] = _remembered(model, record)
         made: Certificate = record.certificates[which]
         return made
+
+
+def _remembered(model: Any, record: Model) -> Certificate:
+    """What an earlier process found out, or else what is found out now."""
+    kept = verdicts(model, record)
+    found = kept["certificate"]
+    if found is not None:
+        turns = zip(_possible(record, len(found["turns"])), found["turns"], strict=True)
+        return Certificate(found["reuse"], found["shift"], tuple((ways[keys], ways[values]) for ways, (keys, values) in turns))
+    made = _tried(model, record)
+    turned = zip(_possible(record, len(made.turns)), made.turns, strict=True)
+    which = [[ways.index(keys), ways.index(values)] for ways, (keys, values) in turned]
+    kept["certificate"] = {"reuse": made.reuse, "shift": made.shift, "turns": which}
+    return made
+
+
+def _possible(record: Model, layers: int) -> list[list[Turn | None]]:
+    """The ways in which each layer may turn its keys, not at all among them."""
+    return [[None, *possible_turns(record, layer)] for layer in range(layers)]
 
 
 def _tried(model: Any, record: Model) -> Certificate:
@@ -115,14 +135,14 @@ def _certify_shift(
         return Certificate(None, f"{min(limits)} positions are too few to try it")
     moved = [_run(model, record, sample(tokens, start=start))[0] for start in starts]
     try:
-        possible = [possible_turns(record, layer) for layer in range(len(cold["root"].keys))]
+        possible = _possible(record, len(cold["root"].keys))
     except BackendError as error:
         return Certificate(None, str(error))
     turns = []
     for layer, candidates in enumerate(possible):
         best = []
         for part in ("keys", "values"):
-            ways = [(_errors(turn, part, layer, cold, moved), turn) for turn in (None, *candidates)]
+            ways = [(_errors(turn, part, layer, cold, moved), turn) for turn in candidates]
             errors, turn = min(ways, key=lambda way: sum(way[0]))
             best.append(turn)
             for start, off in zip(starts, errors, strict=True):
@@ -132,7 +152,7 @@ def _certify_shift(
                 limit = allowed if start == starts[0] else far
                 if off > limit:
                     why = "no rotation of its family gives what is recomputed"
-                    if facts.position_limit is not None and not candidates:
+                    if facts.position_limit is not None and candidates == [None]:
                         why = "its positions are learned" if facts.positions_learned else "its positions are in a fixed table"
                     return Certificate(
                         None,
