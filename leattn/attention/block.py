@@ -329,6 +329,10 @@ def _answer(config: Any, plain: Callable[[], Any], padding: Tensor | None, *, ou
     if not active and any(block.record.base.config is config for block in _blocks.get()):
         # ``generate`` with a static cache asks ahead; the forward asks again.
         return torch.ones(asked["rows"], asked["queries"].stop, device=asked["device"]) if padding is None else padding
+    if ours and _blocks.get():
+        raise BackendError(
+            "a part of the model beside its backbone asks for an attention mask, and the graph does not reach that part"
+        )
     if ours:
         raise BackendError(
             "leattn's attention runs inside leattn.attend only; call model.set_attn_implementation('sdpa') first"

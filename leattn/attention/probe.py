@@ -217,15 +217,16 @@ def _probe(model: Any, record: Model, backend: Backend, plain: Tensor, *, native
         return "its logits are not finite on a small graph; check its weights and dtype"
     if change(swapped, "left", "child") > rounding:
         return (
-            "swapping two siblings changed what their child computes: its positions follow the index in the sequence "
-            "(ALiBi and the like); use a model with rotary or learned positions"
+            f"swapping two siblings changed what their child computes: by {change(swapped, 'left', 'child'):.1e}, and "
+            f"{rounding:.1e} is rounding, so something in it goes by the index in the sequence (ALiBi, relative positions, a "
+            "convolution over tokens); use a model with rotary or learned positions"
         )
     if change(moved, "child") == 0:
         return "moving a node to other positions changed nothing: the model does not use position_ids"
     if change(unrelated, "left", "child") > rounding:
         return (
-            "changing a node changed one that does not see it: state leaks outside attention (a recurrent or convolutional "
-            "layer); use a model whose layers are all attention"
+            "changing a node changed one that does not see it: something passes around the mask (a recurrent or convolutional "
+            "layer, code that drops the mask); use a model whose layers are all attention"
         )
     if change(related, "child") == 0:
         return "changing a parent changed nothing at its child: the mask does not reach the model's attention"
@@ -263,7 +264,7 @@ def _change(found: Tensor, expected: Tensor) -> float:
 def _allowed(record: Model, needed: float) -> float:
     """What rounding may do. In half precision that is told by what must change, ``needed``, not by the size of the format."""
     eps = torch.finfo(record.dtype).eps
-    return max(64 * torch.finfo(torch.float32).eps, min(64 * eps, max(4 * eps, needed / 32)))
+    return max(512 * torch.finfo(torch.float32).eps, min(64 * eps, max(4 * eps, needed / 32)))
 
 
 def in_words(error: Exception) -> str:

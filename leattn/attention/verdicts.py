@@ -26,8 +26,10 @@ from leattn.model.digest import digest
 from leattn.model.record import Model, unwrapped, variant
 from leattn.model.weights import weights
 
-KNOWN_CODE = ("torch", "transformers", "peft")
+KNOWN_CODE = {"torch", "transformers", "peft"}
 """Whose modules do the same in every process."""
+HELPERS = {"accelerate", "huggingface_hub", "numpy", "safetensors"}
+"""Whose functions those modules import."""
 
 
 def folder() -> Path | None:
@@ -98,14 +100,14 @@ def _is_known(module: nn.Module) -> bool:
     """Whether a module does what its class says, and that class is known."""
     hooks = (module._forward_hooks, module._forward_pre_hooks)
     homes = {str(one.__module__).partition(".")[0] for one in (type(module), type(module).forward)}
-    return homes <= {*KNOWN_CODE} and not any(hooks) and "forward" not in vars(module)
+    return homes <= KNOWN_CODE and not any(hooks) and "forward" not in vars(module)
 
 
 def _is_original(library: str) -> bool:
     """Whether nobody put functions of his own into a module of Python, as packages of faster kernels do."""
     functions = [value for value in vars(sys.modules[library]).values() if isinstance(value, FunctionType)]
     homes = {str(function.__module__).partition(".")[0] for function in functions}
-    return homes <= {*KNOWN_CODE, *sys.stdlib_module_names}
+    return homes <= {*KNOWN_CODE, *HELPERS, *sys.stdlib_module_names}
 
 
 @cache
