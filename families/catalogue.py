@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from families.overrides import AFTER, OPTIONS, PARTS, TAKE_NO_TEXT, VARIANTS, WRAPPERS
+from families.overrides import AFTER, OPTIONS, PARTS, TAKE_NO_TEXT, WRAPPERS
+from families.variants import VARIANTS
 
 
 @dataclass(frozen=True)

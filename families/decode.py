@@ -115,6 +115,25 @@ def program(model: Any, oracle: Oracle, **options: Any) -> float | None:
     )
 
 
+def branches(model: Any, oracle: Oracle, **options: Any) -> float | None:
+    """Two questions are answered side by side; one of them sees a document that the other does not."""
+    root, a, b, _, _, _ = one_sink()
+    first, second = Chunk("first", tokens(3, 94), ("root", "a")), Chunk("second", tokens(4, 95), ("root", "a", "b"))
+    made = nodes((root, a, b, first, second))
+    recorder = Recorder()
+    graph = ICLGraph(made["first"], made["second"])
+    result = leattn.generate(model, graph, max_new_tokens=NEW, do_sample=False, logits_processor=[recorder], **options)
+    if oracle.way is None:
+        return None
+    if len(recorder.steps) != 2:
+        raise Mismatch(f"processors were shown {len(recorder.steps)} sequences instead of 2")
+    errors = []
+    for name, steps in zip(("first", "second"), recorder.steps, strict=True):
+        right, expected = greedy(oracle, (root, a, b, first, second), name, NEW)
+        errors.append(compare(written_by(result, name), steps, right, expected))
+    return max(errors)
+
+
 def batch(model: Any, oracle: Oracle, **options: Any) -> float | None:
     """Two graphs of different lengths at once."""
     root, a, *_ = one_sink()
@@ -147,5 +166,6 @@ def check_generate(builder: Builder, oracle: Oracle) -> list[Outcome]:
         judged("a graph", lambda: continued(model, oracle, one_sink())),
         judged("without a cache", lambda: continued(model, oracle, one_sink(), use_cache=False)),
         judged("a batch", lambda: batch(model, oracle)),
+        judged("branches", lambda: branches(model, oracle)),
         judged("a program", lambda: program(model, oracle)),
     ]

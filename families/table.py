@@ -24,8 +24,8 @@ below the table. Answers are compared with what shares no code with leattn:
   `model(input_ids)`; every node of a graph with the node and its ancestors alone, under a mask written by hand; the same in
   another order, with an unreached node changed, in a batch with padding; all of it short and past 100 tokens, and with sliding
   windows of 6. flex runs uncompiled here.
-- **generate**: greedy tokens and the logits they were chosen from, with and without a cache, of plain text, a graph, a batch
-  and a program, with full forwards token by token.
+- **generate**: greedy tokens and the logits they were chosen from, with and without a cache, of plain text, a graph, a batch,
+  branches and a program, with full forwards token by token.
 - **reuse**: logits and tokens with a `KVStore`: filled, found again, in other company, in `generate`, programs and batches.
 - **shift**: the same prompt 7 and 210 positions further on, found in the store.
 - **oracle** is how the plain model was made to follow a graph: by a 4-D *mask*, by *masks* per layer type, or by masking in
