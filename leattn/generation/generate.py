@@ -170,9 +170,6 @@ def generate(
                 raise LeattnError(f"{name} is for programs; a graph with one sink and no GenNode is continued by transformers")
         if streamer is not None:
             hf_generate_kwargs["streamer"] = streamer
-        config = hf_generate_kwargs.get("generation_config") or model.generation_config
-        if getattr(config, "stop_strings", None):
-            hf_generate_kwargs["tokenizer"] = reader
         single = [prompt for prompt in prompts if isinstance(prompt, CompiledPrompt)]
         results = continue_sinks(
             model, single, reader, backend=backend, kv_store=kv_store, seed=seed, options=hf_generate_kwargs
