@@ -87,8 +87,10 @@ def generate(
         Programs only: ``"return"`` gives what was written so far after a keyboard interrupt, with ``complete`` False.
     **hf_generate_kwargs
         Everything that ``model.generate`` takes: ``max_new_tokens``, ``do_sample``, ``num_beams``, ``num_return_sequences``,
-        ``stopping_criteria``, ``logits_processor``, ``assistant_model``, ``use_cache``, … A program takes what a
-        ``GenerationConfig`` says about one sequence, for all branches alike; what a ``GenNode`` says itself wins.
+        ``stopping_criteria``, ``logits_processor``, ``assistant_model``, ``use_cache``, … but what a :class:`Generation` has no
+        room for (``output_scores``). A program takes what a ``GenerationConfig`` says about one sequence, for all branches
+        alike; what a ``GenNode`` says itself wins. With a store, nothing that would reach the model. An option means the same
+        in ``generation_config=`` and in the model's own ``generation_config``.
 
     Returns
     -------

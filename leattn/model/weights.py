@@ -178,7 +178,10 @@ class _Walk:
             self.found.facts.append((name, repr(about)))
             yield from children.items()
             return
-        is_at_rest = module.disable_adapters or bool(getattr(module, "merged_adapters", ()))
+        is_merged = bool(getattr(module, "merged_adapters", ()))
+        is_at_rest = is_merged or bool(module.disable_adapters)
+        if is_merged and module.disable_adapters:
+            self.found.state.append((name, "the next forward takes its adapters out of the weights"))
         active = () if is_at_rest else tuple(module.active_adapters)  # type: ignore[arg-type]
         by_adapter = {*module.adapter_layer_names, *getattr(module, "other_param_names", ())}  # type: ignore[misc]
         for child, value in children.items():
