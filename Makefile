@@ -2,6 +2,7 @@
 # make test         environment, installation, style, types, all tests
 # make test-lowest  the tests with the oldest supported dependencies
 # make bench        speed and memory against their goals, figures in out/benchmarks.json; a long quarter of an hour
+# make families     every causal language model of transformers against oracles: docs/families.md; half an hour
 #
 # PYTHON is what the environment is made with: `make PYTHON=python3.12 test`.
 
@@ -13,7 +14,7 @@ INPUTS := setup.cfg pyproject.toml
 # Two workers with a thread each fill two cores; torch's own threads on top of that would fight over them.
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-lowest bench clean
+.PHONY: demo test test-lowest bench families clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/leattn demo --out out
@@ -31,6 +32,9 @@ test-lowest: $(LOWEST)/.installed-test
 
 bench: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(VENV)/bin/python -m benchmarks
+
+families: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -m families --out out/families.jsonl --table docs/families.md
 
 clean:
 	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV) $(LOWEST)

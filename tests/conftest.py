@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["LEATTN_CACHE"] = "off"  # models that tests change are tried anew
+if "LEATTN_CACHE" not in os.environ:  # the first of several workers makes the folder for all
+    os.environ["LEATTN_CACHE"] = tempfile.mkdtemp(prefix="leattn-")
+    atexit.register(shutil.rmtree, os.environ["LEATTN_CACHE"], ignore_errors=True)
 
 import pytest
 from hypothesis import HealthCheck, settings
