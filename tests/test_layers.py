@@ -54,7 +54,7 @@ INTERNALS = {
     "modeling_utils",
     "set_attn_implementation",
     # how caches are built
-    "CacheLayerMixin",
+    "DynamicSlidingWindowLayer",
     "DynamicCache",
     "DynamicLayer",
     "cache_utils",
@@ -66,6 +66,7 @@ INTERNALS = {
     "PreTrainedModel",
     "_is_stateful",
     "_orig_mod",
+    "active_peft_config",
     "get_base_model",
     "get_decoder",
     "is_gradient_checkpointing",
@@ -73,7 +74,10 @@ INTERNALS = {
     # how families differ
     "apply_rotary_pos_emb",
     "attn_logit_softcapping",
+    "create_position_ids_from_input_ids",
     "embed_positions",
+    "get_rope_index",
+    "index_topk",
     "is_encoder_decoder",
     "layer_types",
     "rope_parameters",

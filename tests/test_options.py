@@ -82,7 +82,11 @@ def third_token():
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize(("option", "value", "beside", "refused"), TABLE, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("option", "value", "beside", "refused"),
+    TABLE,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value)[:30],
+)
 def test_an_option_means_the_same_wherever_it_is_set(option, value, beside, refused, place, way):
     if value == "third":
         value = [[third_token()]] if option == "bad_words_ids" else [third_token()]

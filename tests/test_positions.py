@@ -180,7 +180,9 @@ def test_a_callable_that_gives_a_negative_number_or_none_at_all(writes):
             run(graph, Scheme(lambda g, n: starts, known_before_writing=True), writes)  # noqa: B023
 
 
-@pytest.mark.parametrize("kind", [int, np.int8, np.uint64, np.array, torch.tensor, float, np.float64, Fraction], ids=repr)
+@pytest.mark.parametrize(
+    "kind", [int, np.int8, np.uint64, np.array, torch.tensor, float, np.float64, Fraction], ids=lambda kind: kind.__name__
+)
 def test_whole_numbers_of_any_kind_are_positions(kind):
     graph = ICLGraph(chain_of(False))
     found = compile_prompt(graph, positions=lambda g, n: [kind(3), kind(9)])

@@ -43,6 +43,8 @@ HARMLESS = frozenset(
         "output_hidden_states",
         "output_router_logits",
         "num_items_in_batch",
+        "tokenizer",  # of ``generate``, which hands it on
+        "assistant_tokenizer",
         "logits_to_keep",
         "deterministic",
         "layer_idx",
