@@ -61,6 +61,8 @@ def test_token_ids_may_come_in_any_sequence(content):
         ({"content": 3}, "text or token ids, not 3"),
         ({"content": None}, "text or token ids, not None"),
         ({"content": ["a"]}, r"text or token ids, not \['a'\]"),
+        ({"content": [5, 1.7]}, r"text or token ids, not \[5, 1.7\]"),
+        ({"content": [True, 5]}, r"text or token ids, not \[True, 5\]"),
         ({"content": torch.tensor([[1, 2]])}, r"1-D integer tensor, not torch.int64 of shape \[1, 2\]"),
         ({"content": torch.tensor([1.0])}, "1-D integer tensor, not torch.float32"),
         ({"content": torch.tensor([True])}, "1-D integer tensor, not torch.bool"),

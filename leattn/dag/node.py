@@ -198,10 +198,13 @@ def _as_ids(content: Any) -> tuple[int, ...]:
                 "take one row of a batch, e.g. input_ids[0]"
             )
         content = content.tolist()
-    try:
-        ids = tuple(int(token) for token in content)
-    except (TypeError, ValueError):
-        raise CompileError(f"the content of a node is text or token ids, not {content!r}") from None
+    if not isinstance(content, Iterable):
+        raise CompileError(f"the content of a node is text or token ids, not {content!r}")
+    content = list(content)
+    numbers = [token if type(token) is int else whole_number(token) for token in content]
+    ids = tuple(number for number in numbers if number is not None)
+    if len(ids) < len(numbers):
+        raise CompileError(f"the content of a node is text or token ids, not {content!r}")
     if any(token < 0 for token in ids):
         raise CompileError(f"token ids are not negative, but {min(ids)} is among them")
     return ids
