@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StopStringCriteria
 
 from leattn.errors import BackendError, LeattnError
 
@@ -177,12 +177,24 @@ class Options:
     def for_transformers(self, tokenizer: Any) -> dict[str, Any]:
         """The arguments for ``model.generate``.
 
-        Stop strings come with a tokenizer; where the model has no padding id there is one (transformers would warn, and do
-        the same).
+        Stop strings go as the criterion that transformers makes of them: a tokenizer would go on to the model, and from there
+        to the attention of its layers. A model without a padding id gets one: transformers would warn, and do the same.
+
+        Raises
+        ------
+        LeattnError
+            Stop strings without a tokenizer.
         """
         arguments = dict(self.call)
         if self.stop:
-            arguments.setdefault("tokenizer", tokenizer)
+            if tokenizer is None:
+                raise LeattnError(
+                    "stop strings are text, and there is no tokenizer to decode with; give one, or use eos_token_id"
+                )
+            criterion = StopStringCriteria(tokenizer, list(self.stop))
+            arguments |= {"stop_strings": None, "stopping_criteria": [*(self.call.get("stopping_criteria") or ()), criterion]}
+        if "assistant_tokenizer" in self.call:  # which translates between two
+            arguments["tokenizer"] = tokenizer
         if self.config.pad_token_id is None:
             arguments["pad_token_id"] = next(iter(self.ends), 0)
         return arguments

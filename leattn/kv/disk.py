@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from leattn.errors import LeattnError
@@ -64,12 +63,12 @@ class Directory:
         target = self.file(key)
         unfinished = self.path / f"{key.hex()}.{self._host}.{os.getpid()}.{next(self._count)}.unfinished"
         try:
-            save_file(tensors, unfinished, metadata)
-            with open(unfinished, "rb+") as file:
+            # Not by save_file, which begins another file beside it, under a name that nobody could clear away.
+            with open(unfinished, "wb") as file:
+                file.write(save(tensors, metadata))
+                file.flush()
                 os.fsync(file.fileno())
             os.replace(unfinished, target)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
         finally:
             unfinished.unlink(missing_ok=True)
 
