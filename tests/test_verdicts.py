@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -32,11 +33,12 @@ def counted(model):
     calls, plain = [], type(model.model).forward
 
     class Counting(type(model.model)):
+        @functools.wraps(plain)
         def forward(self, *args, **kwargs):
             calls.append(1)
             return plain(self, *args, **kwargs)
 
-    Counting.__module__ = Counting.forward.__module__ = type(model.model).__module__
+    Counting.__module__ = type(model.model).__module__
     model.model.__class__ = Counting
     report = leattn.check_model(model)
     return len(calls), report
@@ -124,6 +126,19 @@ def test_a_model_that_is_more_than_its_weights_is_tried(changed, home):
     changed(model)
     assert not leattn.check_model(model).ok
     assert len(list(home.rglob("*.json"))) == 1
+
+
+def test_what_fails_is_tried_again(monkeypatch, home):
+    """No memory, no kernel, a driver that is gone: of this process, not of the model."""
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("the driver is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.functional, "linear", fails)
+        assert "the driver is gone" in leattn.check_model(make_model("llama"))["eager"].reason
+    assert not list(home.rglob("*.json"))
+    assert leattn.check_model(make_model("llama")).ok
 
 
 def test_a_library_that_was_patched_is_tried(monkeypatch, home):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from torch import Tensor
 from leattn.attention.backends import BACKENDS, refusal
 from leattn.attention.block import Block, check_not_in_use, follow, unfollowed
 from leattn.attention.request import NEEDS, Backend
-from leattn.attention.verdicts import verdicts
+from leattn.attention.verdicts import KNOWN_CODE, Failure, verdicts
 from leattn.dag.node import ICLNode
 from leattn.errors import BackendError
 from leattn.model.facts import Facts
@@ -95,11 +96,13 @@ def _remembered(model: Any, record: Model, backend: Backend) -> tuple[str | None
     if BACKENDS.get(backend.name) is not backend:  # the user's own
         return _found_out(model, record, backend)
     kept = verdicts(model, record)
-    if kept[backend.name] is None:
-        kept[backend.name] = found = _found_out(model, record, backend)
-        return found
-    reason, native = kept[backend.name]
-    return reason, native
+    if kept[backend.name] is not None:
+        reason, native = kept[backend.name]
+        return reason, native
+    found = _found_out(model, record, backend)
+    if not isinstance(found[0], Failure):
+        kept[backend.name] = found
+    return found
 
 
 def _found_out(model: Any, record: Model, backend: Backend) -> tuple[str | None, bool]:
@@ -137,10 +140,9 @@ def _plain_logits(model: Any, record: Model) -> Tensor | str:
     try:
         with probing(model, record), unfollowed(record), _on_masks(record):
             logits, changed = (_logits(model(input_ids=one, use_cache=False)) for one in (ids, other))
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
-        return f"its own forward of {ids.shape[1]} tokens of plain text fails with {in_words(error)}"
+        raise_if_not_the_models(error)
+        return Failure(f"its own forward of {ids.shape[1]} tokens of plain text fails with {in_words(error)}")
     if logits.shape[:2] != ids.shape:
         return (
             f"{type(model).__name__} gives {list(logits.shape)} numbers for {ids.shape[1]} tokens, and leattn reads a row of "
@@ -200,13 +202,12 @@ def _probe(model: Any, record: Model, backend: Backend, plain: Tensor, *, native
             moved = logits(sample(tokens, gap=5))
             unrelated = logits(sample(changed("other")))
             related = logits(sample(changed("left")))
-    except torch.OutOfMemoryError:
-        raise
     except BackendError as error:
         return str(error)
     except Exception as error:  # whatever a family's code raises is a reason
+        raise_if_not_the_models(error)
         hint = "" if native else "its code may calculate with the mask, which is no tensor on this backend: "
-        return f"{hint}a forward on a small graph fails with {in_words(error)}"
+        return Failure(f"{hint}a forward on a small graph fails with {in_words(error)}")
 
     def change(other: dict[str, Tensor], *names: str) -> float:
         return max(_change(other[name], base[name]) for name in names)
@@ -266,6 +267,15 @@ def _allowed(record: Model, needed: float) -> float:
     """What rounding may do. In half precision that is told by what must change, ``needed``, not by the size of the format."""
     eps = torch.finfo(record.dtype).eps
     return max(512 * torch.finfo(torch.float32).eps, min(64 * eps, max(4 * eps, needed / 32)))
+
+
+def raise_if_not_the_models(error: Exception) -> None:
+    """Let pass what says nothing of the model: no memory left, or an exception of the user's own, who stops a forward by it."""
+    module = type(error).__module__
+    home, file = module.partition(".")[0], str(getattr(sys.modules.get(module), "__file__", ""))
+    is_known = home in {*sys.stdlib_module_names, *KNOWN_CODE} or "-packages" in file
+    if isinstance(error, torch.OutOfMemoryError) or not is_known:
+        raise error
 
 
 def in_words(error: Exception) -> str:

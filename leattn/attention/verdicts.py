@@ -41,6 +41,10 @@ def folder() -> Path | None:
     return Path(named) if named else Path(base) / "leattn"
 
 
+class Failure(str):
+    """A reason that was raised, not measured: perhaps of this process alone, so that it is not kept."""
+
+
 class Verdicts:
     """The verdicts of one model, as one JSON file; without a path, nothing is kept."""
 

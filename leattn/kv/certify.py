@@ -12,8 +12,8 @@ from torch import Tensor
 
 from leattn.attention.attend import prepare
 from leattn.attention.block import follow
-from leattn.attention.probe import in_words, probing, sample, sample_tokens
-from leattn.attention.verdicts import verdicts
+from leattn.attention.probe import in_words, probing, raise_if_not_the_models, sample, sample_tokens
+from leattn.attention.verdicts import Failure, verdicts
 from leattn.errors import BackendError, LeattnWarning
 from leattn.kv.entry import NodeKV, node_kv
 from leattn.model.cache import full_length_cache
@@ -73,6 +73,8 @@ def _remembered(model: Any, record: Model) -> Certificate:
         turns = zip(_possible(record, len(found["turns"])), found["turns"], strict=True)
         return Certificate(found["reuse"], found["shift"], tuple((ways[keys], ways[values]) for ways, (keys, values) in turns))
     made = _tried(model, record)
+    if isinstance(made.reuse, Failure):
+        return made
     turned = zip(_possible(record, len(made.turns)), made.turns, strict=True)
     which = [[ways.index(keys), ways.index(values)] for ways, (keys, values) in turned]
     kept["certificate"] = {"reuse": made.reuse, "shift": made.shift, "turns": which}
@@ -87,10 +89,10 @@ def _possible(record: Model, layers: int) -> list[list[Turn | None]]:
 def _tried(model: Any, record: Model) -> Certificate:
     try:
         return _certify(model, record)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever a family's code raises is a reason
-        reason = str(error) if isinstance(error, BackendError) else f"trying it fails with {in_words(error)}"
+        if not isinstance(error, BackendError):
+            raise_if_not_the_models(error)
+        reason = str(error) if isinstance(error, BackendError) else Failure(f"trying it fails with {in_words(error)}")
         return Certificate(reason, reason)
 
 
