@@ -158,11 +158,13 @@ _unfollowed: ContextVar[Any] = ContextVar("leattn_unfollowed", default=None)
 
 @contextmanager
 def unfollowed(record: Model) -> Iterator[None]:
-    """Inside, the model runs by itself, whatever blocks are open on it."""
+    """Inside, the model runs by itself, whatever blocks are open on it. Hooks see arguments by name, as they do in a block."""
     before = _unfollowed.set(record.base.config)
+    handle = record.base.register_forward_pre_hook(_before, with_kwargs=True, prepend=True)
     try:
         yield
     finally:
+        handle.remove()
         _unfollowed.reset(before)
 
 
@@ -260,7 +262,7 @@ def _before_outer(block: Block, module: Any, args: tuple[Any, ...], kwargs: dict
 def _before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before the backbone runs: find the block this call belongs to, check its input, fill in positions, choose a backend."""
     if _unfollowed.get() is module.config:
-        return args, kwargs
+        return (), by_name(module, args, kwargs)
     block = next((block for block in reversed(_blocks.get()) if block.record.base is module), None)
     if block is None:
         raise BackendError(
