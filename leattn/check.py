@@ -94,7 +94,7 @@ def check_model(model: Any) -> ModelReport:
     facts = record.facts
     found = []
     for backend in BACKENDS.values():
-        if backend.device not in (None, record.device.type):
+        if backend.device not in (None, record.device_type):
             continue
         reason, _ = route(model, record, backend)
         found.append(Capability(backend.name, reason is None, reason or ""))

@@ -374,7 +374,7 @@ def test_positions_past_a_learned_table_are_refused_and_past_rope_warned_about()
         leattn.forward(shared_model("llama"), prompt)
     near = compile_prompt(ICLNode([5, 6], start_pos_id=509))
     leattn.forward(shared_model("gpt2"), near)
-    with pytest.raises(BackendError, match="the last position is 514 with 4 new tokens"):
+    with pytest.raises(BackendError, match="the last position is 513 with 4 new tokens"):
         leattn.generate(shared_model("gpt2"), near, max_new_tokens=4)
 
 

@@ -188,12 +188,24 @@ def test_positions_that_scale_the_queries_are_noticed():
         assert "no rotation of its family gives what is recomputed" in certificate(model).shift
 
 
-def test_state_beside_attention_is_noticed():
-    """Something that the probe for masks is not made for: a layer whose values depend on how long the input is."""
+def test_what_goes_on_otherwise_from_a_cache_is_noticed():
+    """Something that the probe for masks does not see: a layer that computes otherwise once keys are there."""
+    model = make_model("llama")
+
+    def goes_on(module, args, kwargs):
+        if kwargs["past_key_values"] is not None and kwargs["past_key_values"].get_seq_length() > 0:
+            kwargs["hidden_states"] = kwargs["hidden_states"] * 1.5
+        return args, kwargs
+
+    model.model.layers[0].self_attn.register_forward_pre_hook(goes_on, with_kwargs=True)
+    assert "differs from a cold run" in certificate(model).reuse
+    assert certificate(model).shift == certificate(model).reuse
+
+
+def test_a_layer_that_depends_on_the_length_of_the_input_follows_no_graph():
     model = make_model("llama")
     model.model.layers[1].self_attn.v_proj.register_forward_hook(lambda module, args, output: output * args[0].shape[1])
-    assert "differ from those of the whole graph" in certificate(model).reuse
-    assert certificate(model).shift == certificate(model).reuse
+    assert "plain text as a graph differs" in certificate(model).reuse
 
 
 def test_a_model_that_cannot_follow_a_graph_has_its_reason():

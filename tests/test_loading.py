@@ -94,7 +94,7 @@ def by_hand(model, prompt):
 @pytest.mark.parametrize("loaded", LOADED)
 def test_what_a_graph_gives(loaded, tmp_path):
     model, prompt = LOADED[loaded](tmp_path), graph()
-    allowed = {"bf16": 4e-2, "fp16": 5e-3, "lora in bf16": 4e-2}.get(loaded, 1e-5)
+    allowed = {"bf16": 4e-2, "fp16": 5e-3, "lora in bf16": 1e-1}.get(loaded, 1e-5)
     expected = by_hand(model, prompt)
     report = leattn.check_model(model)
     for backend in ("eager", "sdpa", "flex", "sparse", "auto"):

@@ -53,8 +53,8 @@ def refusal(backend: Backend, record: Model) -> str | None:
         return "it cuts windows by index, not by position, in its local layers; use one with full or sliding-window attention"
     if facts.chunked:
         return "its chunked attention cuts by index, not by position; use a model with full or sliding-window attention"
-    if backend.device not in (None, record.device.type):
-        return f"it runs on {backend.device} only, and the model is on {record.device.type}"
+    if backend.device not in (None, record.device_type):
+        return f"it runs on {backend.device} only, and the model is on {record.device_type}"
     reason = backend.refusal(record)
     if reason is None and not facts.can_switch and record.implementation != backend.implementation:
         load = "" if backend.implementation is None else f"; load it with attn_implementation={backend.implementation!r}"

@@ -134,15 +134,19 @@ def _plain(model: Any, record: Model) -> Tensor | str:
 
 def _plain_logits(model: Any, record: Model) -> Tensor | str:
     tokens = sample_tokens(record.facts)
-    ids = torch.tensor([[token for name in PLAIN for token in tokens[name]]], device=record.device)
-    other = ids.clone()
-    other[0, -1] = (other[0, -1] + 1) % record.facts.vocabulary
     try:
+        ids = torch.tensor([[token for name in PLAIN for token in tokens[name]]], device=record.device)
+        other = ids.clone()
+        other[0, -1] = (other[0, -1] + 1) % record.facts.vocabulary
         with probing(model, record), unfollowed(record), _on_masks(record):
             logits, changed = (_logits(model(input_ids=one, use_cache=False)) for one in (ids, other))
+    except BackendError as error:
+        return Failure(error)
     except Exception as error:
         raise_if_not_the_models(error)
-        return Failure(f"its own forward of {ids.shape[1]} tokens of plain text fails with {in_words(error)}")
+        return Failure(
+            f"its own forward of {sum(len(tokens[name]) for name in PLAIN)} tokens of plain text fails with {in_words(error)}"
+        )
     if logits.shape[:2] != ids.shape:
         return (
             f"{type(model).__name__} gives {list(logits.shape)} numbers for {ids.shape[1]} tokens, and leattn reads a row of "

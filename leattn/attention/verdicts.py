@@ -92,7 +92,7 @@ def _path(model: Any, record: Model) -> Path | None:
         return None
     if not all(_is_original(library) for library in {type(module).__module__ for module in modules}):
         return None
-    about = (variant(model), record.implementation, record.device.type, record.facts.can_switch, _releases())
+    about = (variant(model), record.implementation, record.device_type, record.facts.can_switch, _releases())
     try:
         name = digest(weights(record.base), record.base, repr(about).encode()).hex()
     except BackendError:  # weights that cannot be read
@@ -109,7 +109,9 @@ def _is_known(module: nn.Module) -> bool:
 
 def _is_original(library: str) -> bool:
     """Whether nobody put functions of his own into a module of Python, as packages of faster kernels do."""
-    functions = [value for value in vars(sys.modules[library]).values() if isinstance(value, FunctionType)]
+    # What torch.compile leaves there begins with two underscores.
+    held = vars(sys.modules[library]).items()
+    functions = [value for name, value in held if isinstance(value, FunctionType) and not name.startswith("__")]
     homes = {str(function.__module__).partition(".")[0] for function in functions}
     return homes <= {*KNOWN_CODE, *HELPERS, *sys.stdlib_module_names}
 

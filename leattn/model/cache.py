@@ -129,7 +129,8 @@ def full_length_cache(cache: Any, config: Any = None) -> Any:
             "positions; pass past_key_values=DynamicCache() (built without the config) or leave the cache to the model"
         )
     layers: list[Any] = cache.layers
-    cache.layers = [DynamicLayer() if layer.is_sliding else layer for layer in layers]  # type: ignore[no-untyped-call]
+    sliding = [getattr(layer, "is_sliding", False) for layer in layers]  # layers that borrow keys do not say
+    cache.layers = [DynamicLayer() if drops else layer for drops, layer in zip(sliding, layers, strict=True)]  # type: ignore[no-untyped-call]
     return cache
 
 

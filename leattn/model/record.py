@@ -116,6 +116,11 @@ class Model:
         return weight.device if not weight.is_meta else _execution_device(self.base)
 
     @property
+    def device_type(self) -> str:
+        """The kind of its device; ``"meta"`` where there are no values."""
+        return self._embeddings.device.type if self._embeddings.is_meta else self.device.type
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of its first floating-point parameter."""
         dtypes = (parameter.dtype for parameter in self.base.parameters() if parameter.is_floating_point())
