@@ -22,7 +22,7 @@ EXPECTED = {
     # plain
     "llama": "eeeeeee",
     "llama (yarn RoPE)": "e--ee-e",
-    "llama (dynamic RoPE)": "e--eeer",
+    "llama (dynamic RoPE)": "e--ee-r",
     "cohere": "e--eee-",
     "gpt_neox": "e--eeee",
     "phi": "e--ee--",
@@ -32,7 +32,7 @@ EXPECTED = {
     "mistral": "eeeeeee",
     "gemma2": "ereree-",
     "gemma3_text": "ee-eeee",
-    "gemma4_text (shared keys)": "ee-eee-",
+    "gemma4_text (shared keys)": "ee-ree-",
     "gemma3n_text (shared keys)": "e--eee-",
     "cohere2": "e--ee-e",
     "qwen2 (window)": "e--ee--",
@@ -83,7 +83,7 @@ EXPECTED = {
     "qwen2_vl": "e--ee--",
     "gemma3": "e--ee--",
     "mllama": "e--ee--",
-    "paligemma": "e??ee??",
+    "paligemma": "rrrrrrr",
     "musicgen": "???????",
 }
 MEANING = {"e": {"exact"}, "r": {"refused"}, "?": {"exact", "refused"}}

@@ -22,17 +22,17 @@ def _uncompiled_flex():
         yield
 
 
-def adapted(config, **options):
+def adapted(config, std=0.4):
     tuned = peft.get_peft_model(make_model("llama"), config).eval()
     torch.manual_seed(1)
     for name, parameter in tuned.named_parameters():
         if "lora_" in name or "ia3_" in name:
-            parameter.normal_(0, 0.4)
+            parameter.normal_(0, std)
     return tuned
 
 
-def lora():
-    return adapted(peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM"))
+def lora(std=0.4):
+    return adapted(peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM"), std)
 
 
 def ia3():
@@ -61,7 +61,7 @@ LOADED = {
     "fp16": lambda folder: make_model("llama").to(torch.float16),
     "tied": lambda folder: make_model("llama", tie_word_embeddings=True),
     "lora": lambda folder: lora(),
-    "lora in bf16": lambda folder: lora().to(torch.bfloat16),
+    "lora in bf16": lambda folder: lora(std=0.1).to(torch.bfloat16),
     "ia3": lambda folder: ia3(),
     "training": lambda folder: make_model("llama").train(),
     "compiled": lambda folder: torch.compile(make_model("llama"), backend="eager"),

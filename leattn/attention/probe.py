@@ -106,7 +106,7 @@ def _remembered(model: Any, record: Model, backend: Backend) -> tuple[str | None
 
 
 def _found_out(model: Any, record: Model, backend: Backend) -> tuple[str | None, bool]:
-    plain = _plain(model, record)
+    plain = _plain_logits(model, record)
     if isinstance(plain, str):
         return plain, False
     if record.facts.can_switch:
@@ -123,16 +123,8 @@ VOCABULARY = 1000
 """Logits per token that a probe compares."""
 
 
-def _plain(model: Any, record: Model) -> Tensor | str:
-    """Logits ``[S, ≤ V]`` of the model's own forward of the nodes root, left, child and tail as plain text, or why not."""
-    which = variant(model)
-    if which not in record.plain:
-        record.plain[which] = _plain_logits(model, record)
-    found: Tensor | str = record.plain[which]
-    return found
-
-
 def _plain_logits(model: Any, record: Model) -> Tensor | str:
+    """Logits ``[S, ≤ V]`` of the model's own forward of the nodes root, left, child and tail as plain text, or why not."""
     tokens = sample_tokens(record.facts)
     try:
         ids = torch.tensor([[token for name in PLAIN for token in tokens[name]]], device=record.device)

@@ -32,8 +32,8 @@ class Model:
     lock : RLock
         Around everything below, which other rooms fill in.
     routes : dict
-        Why a backend cannot run this model, or how it can; ``plain`` is what it does by itself (attention/probe.py), and
-        ``verdicts`` are what is kept of it on disk (attention/verdicts.py).
+        Why a backend cannot run this model, or how it can (attention/probe.py); ``verdicts`` are what is kept of it on disk
+        (attention/verdicts.py).
     certificates, fingerprint
         Of its keys and values (kv/).
     blocks : list
@@ -46,7 +46,6 @@ class Model:
         self._facts = read_facts(base)
         self.lock = threading.RLock()
         self.routes: dict[Any, Any] = {}
-        self.plain: dict[Any, Any] = {}
         self.verdicts: dict[Any, Any] = {}
         self.certificates: dict[Any, Any] = {}
         self.fingerprint: tuple[bytes, bytes] | None = None
