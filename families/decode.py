@@ -88,7 +88,9 @@ def continued(model: Any, oracle: Oracle, graph: Graph, **options: Any) -> float
     if not oracle.knows(graph, sink):
         return None
     right, steps = greedy(oracle, graph, sink, NEW)
-    return compare(written_by(result), recorder.steps[0], right, steps)
+    # A generate of the family's own (Janus) may ask no processors; then the tokens alone are compared.
+    shown = recorder.steps[0] if recorder.steps else steps
+    return compare(written_by(result), shown, right, steps)
 
 
 def program(model: Any, oracle: Oracle, **options: Any) -> float | None:
@@ -153,7 +155,8 @@ def batch(model: Any, oracle: Oracle, **options: Any) -> float | None:
     errors = []
     for i, (graph, result) in enumerate(zip(graphs, results, strict=True)):
         right, steps = greedy(oracle, graph, "question", NEW)
-        errors.append(compare(written_by(result), recorder.steps[i], right, steps))
+        shown = recorder.steps[i] if recorder.steps else steps
+        errors.append(compare(written_by(result), shown, right, steps))
     return max(errors)
 
 

@@ -77,7 +77,7 @@ class ModelReport:
 def check_model(model: Any) -> ModelReport:
     """What this model can do with graphs, and why not where it cannot; found out once per model, by trying.
 
-    Two plain forwards and seven on small graphs per backend tell whether attention is causal, whether plain text as a graph
+    Two plain forwards and six on small graphs per backend tell whether attention is causal, whether plain text as a graph
     gives what the model gives by itself, whether the mask is asked for and obeyed, whether positions come from ``position_ids``
     and not from the index in the sequence, and whether state leaks around attention; a few more, whether stored keys and values
     may be used again, at the same and at other positions. ``attend``, ``generate`` and a ``KVStore`` ask by themselves.
