@@ -244,9 +244,10 @@ def _as_plain(tokens: Mapping[str, Sequence[int]]) -> tuple[CompiledPrompt, Comp
 
 
 def _logits(output: Any) -> Tensor:
-    """``[B, S, ≤ V]`` in fp32; hidden states of a model without a head."""
+    """``[B, S, ≤ V]`` in fp32, 0 for tokens that the model rules out; hidden states of a model without a head."""
     found: Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
-    return found[..., :VOCABULARY].float()
+    found = found[..., :VOCABULARY]
+    return found.masked_fill(found == torch.finfo(found.dtype).min, 0).float()
 
 
 def _change(found: Tensor, expected: Tensor) -> float:
