@@ -38,6 +38,10 @@ class Recorder:
             self._ids[i] = ids
         return scores
 
+    def shown(self, sequence: int) -> list[Tensor]:
+        """The logits of one sequence, step by step; nothing where a generate of the family's own (Janus) asks no processors."""
+        return self.steps[sequence] if self.steps else []
+
 
 def greedy(oracle: Oracle, graph: Graph, name: str, count: int) -> tuple[list[int], list[Tensor]]:
     """Tokens after a node and the logits each was chosen from: a full forward per token, of node and ancestors alone."""
@@ -58,9 +62,10 @@ def compare(found: list[int], logits: list[Tensor], right: list[int], steps: lis
     Mismatch
         Another number of steps, or another token where there is no tie.
     """
-    if len(found) != len(right) or len(logits) != len(steps):
+    if len(found) != len(right) or len(logits) not in (0, len(steps)):
         raise Mismatch(f"{len(found)} tokens in {len(logits)} steps instead of {len(right)}")
-    errors = []
+    errors = [0.0]
+    logits = logits or steps  # then the tokens alone are compared
     for token, scores, answer, expected in zip(found, logits, right, steps, strict=True):
         errors.append(difference(scores, expected))
         best = expected.topk(2).values
@@ -88,9 +93,7 @@ def continued(model: Any, oracle: Oracle, graph: Graph, **options: Any) -> float
     if not oracle.knows(graph, sink):
         return None
     right, steps = greedy(oracle, graph, sink, NEW)
-    # A generate of the family's own (Janus) may ask no processors; then the tokens alone are compared.
-    shown = recorder.steps[0] if recorder.steps else steps
-    return compare(written_by(result), shown, right, steps)
+    return compare(written_by(result), recorder.shown(0), right, steps)
 
 
 def program(model: Any, oracle: Oracle, **options: Any) -> float | None:
@@ -104,7 +107,7 @@ def program(model: Any, oracle: Oracle, **options: Any) -> float | None:
     result = leattn.generate(model, ICLGraph(reader), do_sample=False, logits_processor=[recorder], **options)
 
     graph: Graph = (root, a, b, c, Chunk("writer", header, ("root", "a")))
-    if oracle.way is None:
+    if not oracle.follows(graph):
         return None
     first, steps = greedy(oracle, graph, "writer", NEW)
     graph = (*graph[:-1], Chunk("writer", (*header, *first), ("root", "a")), Chunk("reader", last, ("root", "b", "writer")))
@@ -112,8 +115,8 @@ def program(model: Any, oracle: Oracle, **options: Any) -> float | None:
     if len(recorder.steps) != 2:
         raise Mismatch(f"processors were shown {len(recorder.steps)} sequences instead of 2")
     return max(
-        compare(written_by(result, "writer"), recorder.steps[0], first, steps),
-        compare(written_by(result, "reader"), recorder.steps[1], second, more),
+        compare(written_by(result, "writer"), recorder.shown(0), first, steps),
+        compare(written_by(result, "reader"), recorder.shown(1), second, more),
     )
 
 
@@ -125,7 +128,7 @@ def branches(model: Any, oracle: Oracle, **options: Any) -> float | None:
     recorder = Recorder()
     graph = ICLGraph(made["first"], made["second"])
     result = leattn.generate(model, graph, max_new_tokens=NEW, do_sample=False, logits_processor=[recorder], **options)
-    if oracle.way is None:
+    if not oracle.follows((root, a, b, first, second)):
         return None
     if len(recorder.steps) != 2:
         raise Mismatch(f"processors were shown {len(recorder.steps)} sequences instead of 2")
@@ -155,8 +158,7 @@ def batch(model: Any, oracle: Oracle, **options: Any) -> float | None:
     errors = []
     for i, (graph, result) in enumerate(zip(graphs, results, strict=True)):
         right, steps = greedy(oracle, graph, "question", NEW)
-        shown = recorder.steps[i] if recorder.steps else steps
-        errors.append(compare(written_by(result), shown, right, steps))
+        errors.append(compare(written_by(result), recorder.shown(i), right, steps))
     return max(errors)
 
 

@@ -19,6 +19,8 @@ from families.build import Builder, run
 from families.prompts import Graph, alone, fan, graph_tokens, is_plain, long_fan, reordered, start_of
 from families.softmax import masked_softmax
 
+LONG = 100
+"""Tokens from which on a graph counts as long."""
 TOLERANCE = 1e-4
 """Relative, to the largest logit. Rounding stays below a tenth of it in the models here."""
 
@@ -65,9 +67,10 @@ def windows_of(config: Any) -> list[int | None]:
 
 
 class Way:
-    """One way to hand a mask to a plain model."""
+    """One way to hand a mask to a plain model; it is believed for sequences of up to ``longest`` tokens."""
 
     name = ""
+    longest: int | None = None
 
     def __init__(self, builder: Builder, offset: int) -> None:
         self.builder, self.offset = builder, offset
@@ -161,21 +164,26 @@ class Oracle:
 
     def _objection(self, way: Way) -> str | None:
         """Why a way is not to be believed."""
-        for graph in (fan(), long_fan()):
-            try:
-                found = split(graph, way.logits(graph))
-                other = reordered(graph, ["root", "c", "b", "a", "question", "tail"])
-                again = split(other, way.logits(other))
-            except Exception as error:
-                return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-            for chunk in graph:
-                if is_plain(graph, chunk.name):
-                    off = difference(found[chunk.name], self.plain_node(graph, chunk.name))
-                    if not off < TOLERANCE:
-                        return f"{chunk.name} differs by {off:.1e} from the plain model on its text alone"
-                off = difference(found[chunk.name], again[chunk.name])
+        reason = self._objection_on(way, fan())
+        if reason is None and self._objection_on(way, long_fan()) is not None:
+            way.longest = LONG  # what depends on the length of the input may do so from some length on
+        return reason
+
+    def _objection_on(self, way: Way, graph: Graph) -> str | None:
+        try:
+            found = split(graph, way.logits(graph))
+            other = reordered(graph, ["root", "c", "b", "a", "question", "tail"])
+            again = split(other, way.logits(other))
+        except Exception as error:
+            return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        for chunk in graph:
+            if is_plain(graph, chunk.name):
+                off = difference(found[chunk.name], self.plain_node(graph, chunk.name))
                 if not off < TOLERANCE:
-                    return f"{chunk.name} changes by {off:.1e} when the documents are laid out in another order"
+                    return f"{chunk.name} differs by {off:.1e} from the plain model on its text alone"
+            off = difference(found[chunk.name], again[chunk.name])
+            if not off < TOLERANCE:
+                return f"{chunk.name} changes by {off:.1e} when the documents are laid out in another order"
         return None
 
     def plain(self, ids: tuple[int, ...]) -> Tensor:
@@ -191,7 +199,12 @@ class Oracle:
 
     def knows(self, graph: Graph, name: str) -> bool:
         """Whether there is an answer for a node."""
-        return self.way is not None or is_plain(graph, name)
+        return is_plain(graph, name) or self.follows(graph)
+
+    def follows(self, graph: Graph) -> bool:
+        """Whether there is an answer for every node of a graph."""
+        longest = None if self.way is None else self.way.longest
+        return self.way is not None and (longest is None or sum(len(chunk.tokens) for chunk in graph) < longest)
 
     def node(self, graph: Graph, name: str) -> Tensor:
         """The logits of a node, computed from it and its ancestors alone, ``[n, V]``."""

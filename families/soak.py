@@ -55,7 +55,7 @@ class Family:
     def __init__(self, name: str) -> None:
         self.name, builder = name, Builder(families()[name])
         self.oracle = Oracle(builder)
-        if self.oracle.way is None:
+        if self.oracle.way is None or self.oracle.way.longest is not None:
             raise LeattnError(f"{name} has no oracle for graphs")
         self.model = builder.fresh()
         report = leattn.check_model(self.model)

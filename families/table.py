@@ -59,14 +59,15 @@ class Reasons:
 
 
 def anonymous(sentence: str, names: Sequence[str]) -> str:
-    """A sentence without the name of the model and of the backend, which differ where the reason is the same."""
+    """A sentence without the names of model and backend and the figures measured, which differ where the reason is the same."""
     sentence = re.sub(
         r"^(backend '\w+' cannot run this model|kv_store cannot serve \w+|\w+ cannot follow a graph): ", "", sentence
     )
     sentence = re.sub(r"^\w+ cannot follow a graph: ", "", sentence)
     for name in names:
         sentence = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", "this model", sentence)
-    return sentence
+    sentence = re.sub(r"\b\d(\.\d+)?e[-+]\d+\b", "…", sentence)
+    return re.sub(r"^\d+ tokens: ", "", sentence)
 
 
 def cell(entry: Entry, column: str, reasons: Reasons) -> str:
