@@ -139,6 +139,10 @@ class TestCausality:
         prompt = compile_prompt(causal([IDS[:4], IDS[4:]]))
         expected = model(torch.tensor([IDS]), use_cache=False).logits
         assert off(leattn.forward(model, prompt, use_cache=False).logits, expected) < 1e-5
+        root = ICLNode(IDS[:3])
+        fan = compile_prompt(ICLNode(IDS[8:], [root, ICLNode(IDS[3:6], [root]), ICLNode(IDS[6:8], [root])]))
+        written = [leattn.generate(model, fan, max_new_tokens=4, use_cache=use, eos_token_id=None) for use in (True, False)]
+        assert written[0].token_ids.tolist() == written[1].token_ids.tolist()
         # What a processor gives for text alone; the windows of its sliding layers come in another form then.
         text = torch.zeros(1, len(IDS), dtype=torch.long)
         for backend in BACKENDS:

@@ -21,6 +21,7 @@ from transformers.masking_utils import (
     causal_mask_function,
     chunked_overlay,
     or_masks,
+    packed_sequence_mask_function,
     sliding_window_overlay,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -150,12 +151,16 @@ def _parts(mask_function: Any) -> tuple[bool, int | None]:
         return bool((cells[0].cell_contents < 0).all()), None
     if code is _WINDOW:
         return True, int(cells[0].cell_contents)
-    return code in (_CAUSAL, _CHUNK), None
+    if getattr(mask_function, "__qualname__", "") == _REMAPPED:
+        return _parts(cells[0].cell_contents)
+    # Packed sequences are read off positions, which are the graph's here.
+    return code in (_CAUSAL, _CHUNK, _PACKED), None
 
 
 _AND, _OR, _CAUSAL = and_masks().__code__, or_masks().__code__, causal_mask_function.__code__
 _WINDOW, _CHUNK = sliding_window_overlay(1).__code__, chunked_overlay(1, torch.zeros(1)).__code__
-_BLOCKS = blockwise_overlay(torch.zeros(1)).__code__
+_BLOCKS, _PACKED = blockwise_overlay(torch.zeros(1)).__code__, packed_sequence_mask_function(torch.zeros(1)).__code__
+_REMAPPED = "remap_positions_for_packed_sequence.<locals>.inner_mask"  # older releases have none
 
 
 def _mask_function(original: Callable[..., Any] | None, answer: Answer, users: list[Any]) -> Callable[..., Any]:
