@@ -384,8 +384,10 @@ def test_weights_on_the_meta_device_are_refused_in_words():
     emptied.to("meta")
     answer = GenNode([3, 4], prompt.graph["Q"].parents, max_new_tokens=2)
     for model in (whole, partly, emptied):
+        report = leattn.check_model(model)
+        assert not any(capability.works for capability in report.capabilities)
+        assert all("meta device" in capability.reason for capability in report.capabilities)
         for run in (
-            leattn.check_model,
             lambda m: forward(m, prompt),
             lambda m: forward(m, prompt, kv_store=store),
             lambda m: generate(m, prompt, max_new_tokens=2),

@@ -78,6 +78,8 @@ def route(model: Any, record: Model, backend: Backend) -> tuple[str | None, bool
 
     Found out once per model and backend, and again under another adapter, wrapper or dtype.
     """
+    if record.unplaced is not None:
+        return record.unplaced, False
     with record.lock:
         which = (id(backend), variant(model))
         if which not in record.routes:
@@ -125,19 +127,15 @@ VOCABULARY = 1000
 def _plain_logits(model: Any, record: Model) -> Tensor | str:
     """Logits ``[S, ≤ V]`` of the model's own forward of the nodes root, left, child and tail as plain text, or why not."""
     tokens = sample_tokens(record.facts)
+    ids = torch.tensor([[token for name in PLAIN for token in tokens[name]]], device=record.device)
+    other = ids.clone()
+    other[0, -1] = (other[0, -1] + 1) % record.facts.vocabulary
     try:
-        ids = torch.tensor([[token for name in PLAIN for token in tokens[name]]], device=record.device)
-        other = ids.clone()
-        other[0, -1] = (other[0, -1] + 1) % record.facts.vocabulary
         with probing(model, record), unfollowed(record), _on_masks(record):
             logits, changed = (_logits(model(input_ids=one, use_cache=False)) for one in (ids, other))
-    except BackendError as error:
-        return Failure(error)
     except Exception as error:
         raise_if_not_the_models(error)
-        return Failure(
-            f"its own forward of {sum(len(tokens[name]) for name in PLAIN)} tokens of plain text fails with {in_words(error)}"
-        )
+        return Failure(f"its own forward of {ids.shape[1]} tokens of plain text fails with {in_words(error)}")
     if logits.shape[:2] != ids.shape:
         return (
             f"{type(model).__name__} gives {list(logits.shape)} numbers for {ids.shape[1]} tokens, and leattn reads a row of "

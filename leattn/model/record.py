@@ -95,29 +95,38 @@ class Model:
         return embeddings(self.base)
 
     @property
+    def unplaced(self) -> str | None:
+        """What to say where it has weights on the meta device that nobody puts in place before they are used, else None."""
+        if not self._embeddings.is_meta and self._is_placed:
+            return None
+        lost = next((name for name, tensor in self.base.named_parameters() if tensor.is_meta), None)
+        self._is_placed = lost is None
+        if lost is None or any(_offloads(module) for module in self.base.modules()):
+            return None
+        return (
+            f"{type(self.base).__name__} has no values for {lost!r} (meta device); load its weights, or move it with to_empty "
+            "and load_state_dict"
+        )
+
+    @property
     def device(self) -> torch.device:
         """Where its inputs go: to its embeddings, or to where accelerate runs those that it offloads.
 
         Raises
         ------
         BackendError
-            Weights on the meta device, which nobody puts in place before they are used.
+            Weights on the meta device, see :attr:`unplaced`.
         """
+        reason = self.unplaced
+        if reason is not None:
+            raise BackendError(reason)
         weight = self._embeddings
-        if weight.is_meta or not self._is_placed:
-            lost = next((name for name, tensor in self.base.named_parameters() if tensor.is_meta), None)
-            if lost is not None and not any(_offloads(module) for module in self.base.modules()):
-                raise BackendError(
-                    f"{type(self.base).__name__} has no values for {lost!r} (meta device); load its weights, or move it with "
-                    "to_empty and load_state_dict"
-                )
-            self._is_placed = lost is None
         return weight.device if not weight.is_meta else _execution_device(self.base)
 
     @property
     def device_type(self) -> str:
-        """The kind of its device; ``"meta"`` where there are no values."""
-        return self._embeddings.device.type if self._embeddings.is_meta else self.device.type
+        """The kind of its device; ``"meta"`` where weights have no values."""
+        return "meta" if self.unplaced else self.device.type
 
     @property
     def dtype(self) -> torch.dtype:
