@@ -35,6 +35,7 @@ bench: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(VENV)/bin/python -m benchmarks
 
 families: $(VENV)/.installed-test
+	$(call install,$(VENV),constraints.txt,.[families])
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -m families --out out/families.jsonl --table docs/families.md
 
 clean:

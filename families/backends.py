@@ -89,15 +89,15 @@ def check_backend(builder: Builder, oracle: Oracle, backend: str) -> list[Outcom
         return max_or_nan([error for error in errors if error is not None])
 
     return [
-        judged("a chain", lambda: plain(chain(SHORT), "ancestors")),
-        judged("everyone sees everything", lambda: plain(everyone(SHORT), "parents")),
-        judged("a node by its ancestors", lambda: graph(fan())),
-        judged("another order", lambda: other_order(fan())),
-        judged("an unreached node changed", unreached),
-        judged("a batch", batch),
-        judged("everyone sees everything, 130 tokens", lambda: plain(everyone(LONG), "parents")),
-        judged("a node by its ancestors, 128 tokens", lambda: graph(long_fan())),
-        judged("another order, 128 tokens", lambda: other_order(long_fan())),
+        judged("a chain", oracle.tolerance, lambda: plain(chain(SHORT), "ancestors")),
+        judged("everyone sees everything", oracle.tolerance, lambda: plain(everyone(SHORT), "parents")),
+        judged("a node by its ancestors", oracle.tolerance, lambda: graph(fan())),
+        judged("another order", oracle.tolerance, lambda: other_order(fan())),
+        judged("an unreached node changed", oracle.tolerance, unreached),
+        judged("a batch", oracle.tolerance, batch),
+        judged("everyone sees everything, 130 tokens", oracle.tolerance, lambda: plain(everyone(LONG), "parents")),
+        judged("a node by its ancestors, 128 tokens", oracle.tolerance, lambda: graph(long_fan())),
+        judged("another order, 128 tokens", oracle.tolerance, lambda: other_order(long_fan())),
     ]
 
 

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from families.catalogue import Family
+from families.loading import LOADED, Missing
 from families.sizes import small
 
 WRAPPED = {**MODEL_FOR_PRETRAINING_MAPPING_NAMES, **MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES}
@@ -87,7 +88,19 @@ class Builder:
                 generation.begin_suppress_tokens = None
                 generation.pad_token_id, generation.do_sample = 0, False
             self._made[key] = model
-        return copy.deepcopy(self._made[key])
+        model = copy.deepcopy(self._made[key])
+        if self.family.loaded is None:
+            return model
+        try:
+            return LOADED[self.family.loaded](model)
+        except Missing as reason:
+            raise Unbuilt(str(reason)) from None
+
+    @property
+    def tolerance(self) -> float:
+        """What counts as rounding, relative to the largest logit; it stays below a tenth of it in the models in fp32."""
+        dtype = self.fresh().get_input_embeddings().weight.dtype
+        return max(1e-4, 5 * torch.finfo(dtype).eps) if dtype != torch.float32 else 1e-4
 
 
 def _widen(config: PreTrainedConfig) -> None:

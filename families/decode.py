@@ -15,8 +15,12 @@ from families.prompts import Chunk, Graph, compiled, everyone, nodes, one_sink, 
 from leattn import GenNode, ICLGraph
 
 NEW = 5
-TIE = 1e-3
-"""Relative; where the two likeliest tokens are nearer than this, what comes after proves nothing."""
+
+
+def is_tie(scores: Tensor, tolerance: float) -> bool:
+    """Whether the two likeliest tokens are so near that what comes after proves nothing."""
+    first, second = scores.topk(2).values
+    return float(first - second) < 10 * tolerance * float(scores.abs().max())
 
 
 class Recorder:
@@ -54,7 +58,7 @@ def greedy(oracle: Oracle, graph: Graph, name: str, count: int) -> tuple[list[in
     return written, steps
 
 
-def compare(found: list[int], logits: list[Tensor], right: list[int], steps: list[Tensor]) -> float:
+def compare(found: list[int], logits: list[Tensor], right: list[int], steps: list[Tensor], tolerance: float) -> float:
     """The largest error of the logits that tokens were chosen from, up to the first near tie.
 
     Raises
@@ -68,8 +72,7 @@ def compare(found: list[int], logits: list[Tensor], right: list[int], steps: lis
     logits = logits or steps  # then the tokens alone are compared
     for token, scores, answer, expected in zip(found, logits, right, steps, strict=True):
         errors.append(difference(scores, expected))
-        best = expected.topk(2).values
-        if float(best[0] - best[1]) < TIE * float(expected.abs().max()):
+        if is_tie(expected, tolerance):
             break
         if token != answer:
             raise Mismatch(f"wrote {found} instead of {right}; logits differ by {max(errors):.1e}")
@@ -93,7 +96,7 @@ def continued(model: Any, oracle: Oracle, graph: Graph, **options: Any) -> float
     if not oracle.knows(graph, sink):
         return None
     right, steps = greedy(oracle, graph, sink, NEW)
-    return compare(written_by(result), recorder.shown(0), right, steps)
+    return compare(written_by(result), recorder.shown(0), right, steps, oracle.tolerance)
 
 
 def program(model: Any, oracle: Oracle, **options: Any) -> float | None:
@@ -115,8 +118,8 @@ def program(model: Any, oracle: Oracle, **options: Any) -> float | None:
     if len(recorder.steps) != 2:
         raise Mismatch(f"processors were shown {len(recorder.steps)} sequences instead of 2")
     return max(
-        compare(written_by(result, "writer"), recorder.shown(0), first, steps),
-        compare(written_by(result, "reader"), recorder.shown(1), second, more),
+        compare(written_by(result, "writer"), recorder.shown(0), first, steps, oracle.tolerance),
+        compare(written_by(result, "reader"), recorder.shown(1), second, more, oracle.tolerance),
     )
 
 
@@ -135,7 +138,7 @@ def branches(model: Any, oracle: Oracle, **options: Any) -> float | None:
     errors = []
     for name, steps in zip(("first", "second"), recorder.steps, strict=True):
         right, expected = greedy(oracle, (root, a, b, first, second), name, NEW)
-        errors.append(compare(written_by(result, name), steps, right, expected))
+        errors.append(compare(written_by(result, name), steps, right, expected, oracle.tolerance))
     return max(errors)
 
 
@@ -158,7 +161,7 @@ def batch(model: Any, oracle: Oracle, **options: Any) -> float | None:
     errors = []
     for i, (graph, result) in enumerate(zip(graphs, results, strict=True)):
         right, steps = greedy(oracle, graph, "question", NEW)
-        errors.append(compare(written_by(result), recorder.shown(i), right, steps))
+        errors.append(compare(written_by(result), recorder.shown(i), right, steps, oracle.tolerance))
     return max(errors)
 
 
@@ -167,10 +170,10 @@ def check_generate(builder: Builder, oracle: Oracle) -> list[Outcome]:
     model = builder.fresh()
     text = everyone((13, 1, 17, 9))
     return [
-        judged("plain text", lambda: continued(model, oracle, text)),
-        judged("a graph", lambda: continued(model, oracle, one_sink())),
-        judged("without a cache", lambda: continued(model, oracle, one_sink(), use_cache=False)),
-        judged("a batch", lambda: batch(model, oracle)),
-        judged("branches", lambda: branches(model, oracle)),
-        judged("a program", lambda: program(model, oracle)),
+        judged("plain text", oracle.tolerance, lambda: continued(model, oracle, text)),
+        judged("a graph", oracle.tolerance, lambda: continued(model, oracle, one_sink())),
+        judged("without a cache", oracle.tolerance, lambda: continued(model, oracle, one_sink(), use_cache=False)),
+        judged("a batch", oracle.tolerance, lambda: batch(model, oracle)),
+        judged("branches", oracle.tolerance, lambda: branches(model, oracle)),
+        judged("a program", oracle.tolerance, lambda: program(model, oracle)),
     ]

@@ -21,8 +21,6 @@ from families.softmax import masked_softmax
 
 LONG = 100
 """Tokens from which on a graph counts as long."""
-TOLERANCE = 1e-4
-"""Relative, to the largest logit. Rounding stays below a tenth of it in the models here."""
 
 
 def difference(found: Tensor, right: Tensor) -> float:
@@ -139,7 +137,7 @@ class Oracle:
     """The answers for one family. ``how`` says how they are found, ``why`` why no better way was."""
 
     def __init__(self, builder: Builder) -> None:
-        self.builder = builder
+        self.builder, self.tolerance = builder, builder.tolerance
         self._plain: dict[tuple[int, ...], Tensor] = {}
         self._logits: dict[Graph, Mapping[str, Tensor]] = {}
         self.tried: dict[str, str] = {}
@@ -179,10 +177,10 @@ class Oracle:
         for chunk in graph:
             if is_plain(graph, chunk.name):
                 off = difference(found[chunk.name], self.plain_node(graph, chunk.name))
-                if not off < TOLERANCE:
+                if not off < self.tolerance:
                     return f"{chunk.name} differs by {off:.1e} from the plain model on its text alone"
             off = difference(found[chunk.name], again[chunk.name])
-            if not off < TOLERANCE:
+            if not off < self.tolerance:
                 return f"{chunk.name} changes by {off:.1e} when the documents are laid out in another order"
         return None
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from families.oracle import TOLERANCE
 from leattn import LeattnError
 
 Status = Literal["exact", "refused", "WRONG", "CRASH", "unchecked"]
@@ -27,7 +26,7 @@ class Outcome:
         return {name: value for name, value in asdict(self).items() if value not in (None, "")}
 
 
-def judged(check: str, measure: Callable[[], float | None]) -> Outcome:
+def judged(check: str, tolerance: float, measure: Callable[[], float | None]) -> Outcome:
     """Run one check. ``measure`` gives the error, or None if there was nothing to compare with."""
     try:
         error = measure()
@@ -39,7 +38,7 @@ def judged(check: str, measure: Callable[[], float | None]) -> Outcome:
         return Outcome(check, "CRASH", text=f"{type(crash).__name__}: {first_line(crash)} ({place(crash)})")
     if error is None:
         return Outcome(check, "unchecked")
-    return Outcome(check, "exact" if error < TOLERANCE else "WRONG", error)
+    return Outcome(check, "exact" if error < tolerance else "WRONG", error)
 
 
 class Mismatch(Exception):

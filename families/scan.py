@@ -58,9 +58,10 @@ def check(family: Family, columns: Sequence[str] = COLUMNS) -> dict[str, Any]:
     torch.set_num_threads(1)
     os.environ["LEATTN_CACHE"] = "off"  # what is checked is what it finds out now
     started = time.process_time()
-    found: dict[str, Any] = {"family": family.name}
+    found: dict[str, Any] = {"family": family.name, "loaded": family.loaded}
     # Uncompiled flex is the same mathematics, and is not compiled anew for every family.
-    with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+    stance = "default" if family.loaded == "torch.compile" else "force_eager"
+    with warnings.catch_warnings(), torch.compiler.set_stance(stance):
         warnings.simplefilter("ignore")
         try:
             builder = Builder(family)

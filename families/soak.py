@@ -22,8 +22,8 @@ from tqdm import tqdm
 import leattn
 from families.build import Builder
 from families.catalogue import families
-from families.decode import TIE, Recorder, compare, greedy, written_by
-from families.oracle import TOLERANCE, Oracle, difference
+from families.decode import Recorder, compare, greedy, is_tie, written_by
+from families.oracle import Oracle, difference
 from families.outcome import Mismatch
 from families.prompts import Chunk, Graph, compiled, graph_tokens, nodes
 from leattn import GenNode, ICLGraph, KVStore, LeattnError
@@ -103,7 +103,7 @@ class Family:
             self.model, compiled(graph), max_new_tokens=NEW, do_sample=False, logits_processor=[recorder], **options
         )
         right, steps = greedy(self.oracle, graph, graph[-1].name, NEW)
-        return compare(written_by(result), recorder.steps[0], right, steps)
+        return compare(written_by(result), recorder.steps[0], right, steps, self.oracle.tolerance)
 
     def program(self, dice: random.Random, graph: Graph) -> float:
         """One node is written by the model before its children are read; the last one is written too."""
@@ -130,9 +130,8 @@ class Family:
         worst = 0.0
         for i, name in enumerate(chunk.name for chunk in graph if chunk.name in written):
             right, steps = greedy(self.oracle, graph, name, NEW)
-            worst = max(worst, compare(written_by(result, name), recorder.steps[i], right, steps))
-            best = [scores.topk(2).values for scores in steps]
-            if any(float(two[0] - two[1]) < TIE * float(two.abs().max()) for two in best):
+            worst = max(worst, compare(written_by(result, name), recorder.steps[i], right, steps, self.oracle.tolerance))
+            if any(is_tie(scores, self.oracle.tolerance) for scores in steps):
                 break  # what comes after a tie proves nothing
             graph = tuple(
                 Chunk(name, (*graph_tokens(graph, name), *right), chunk.parents, chunk.start) if chunk.name == name else chunk
@@ -155,7 +154,7 @@ def soak(names: Sequence[str], graphs: int, seed: int) -> int:
                 graph, way = drawn(dice), dice.choice(family.ways)
                 try:
                     error = way(dice, graph)
-                    if not error < TOLERANCE:
+                    if not error < family.oracle.tolerance:
                         raise Mismatch(f"off by {error:.1e}")
                     worst = max(worst, error)
                 except Exception as reason:

@@ -60,13 +60,13 @@ def check_reuse(builder: Builder, oracle: Oracle) -> list[Outcome]:
         return error
 
     return [
-        judged("an empty store", cold),
-        judged("the same prompt again", lambda: again(one_sink())),
-        judged("other company", lambda: again(other_question())),
-        judged("generate", generated),
-        judged("generate again", generated),
-        judged("a program", lambda: program(model, oracle, kv_store=store)),
-        judged("a batch", lambda: batch(model, oracle, kv_store=store)),
+        judged("an empty store", oracle.tolerance, cold),
+        judged("the same prompt again", oracle.tolerance, lambda: again(one_sink())),
+        judged("other company", oracle.tolerance, lambda: again(other_question())),
+        judged("generate", oracle.tolerance, generated),
+        judged("generate again", oracle.tolerance, generated),
+        judged("a program", oracle.tolerance, lambda: program(model, oracle, kv_store=store)),
+        judged("a batch", oracle.tolerance, lambda: batch(model, oracle, kv_store=store)),
     ]
 
 
@@ -76,7 +76,7 @@ def check_shift(builder: Builder, oracle: Oracle) -> list[Outcome]:
 
     def moved(distance: int) -> float | None:
         error, hits = from_store(model, oracle, at(one_sink(), distance), store)
-        if hits or (error is not None and not error < 1e-4):
+        if hits or (error is not None and not error < oracle.tolerance):
             return error
         reason = leattn.check_model(model)["shifted reuse"].reason
         if not reason:
@@ -87,4 +87,4 @@ def check_shift(builder: Builder, oracle: Oracle) -> list[Outcome]:
         leattn.forward(model, compiled(one_sink()), kv_store=store)
         return moved(distance)
 
-    return [judged(f"by {distance}", lambda distance=distance: check(distance)) for distance in DISTANCES]  # type: ignore[misc]
+    return [judged(f"by {distance}", oracle.tolerance, lambda distance=distance: check(distance)) for distance in DISTANCES]  # type: ignore[misc]

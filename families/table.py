@@ -33,6 +33,13 @@ below the table. Answers are compared with what shares no code with leattn:
   text have an answer to compare with.
 """
 
+LOADED = """## Ways to load
+
+One model, loaded otherwise than plainly in fp32. In half precision an error may be five times what its rounding is; a change in
+attention is far larger. Adapters have large random weights. Offloaded weights live on the CPU or in a folder, and are put in
+place layer by layer. The last three are configs that name an attention which this machine cannot run.
+"""
+
 ORACLES = {
     "one 4-D mask": "mask",
     "one 4-D mask, no window": "mask",
@@ -110,9 +117,14 @@ def page(entries: Sequence[Entry]) -> str:
     """The whole page."""
     built = [entry for entry in entries if "unbuilt" not in entry]
     reasons = Reasons()
-    rows = [
-        [entry["family"], *(cell(entry, column, reasons) for column in COLUMNS), ORACLES[entry["oracle"]]] for entry in built
-    ]
+    families, loaded = (
+        [
+            [entry["family"], *(cell(entry, column, reasons) for column in COLUMNS), ORACLES[entry["oracle"]]]
+            for entry in built
+            if (entry["loaded"] is None) is plainly
+        ]
+        for plainly in (True, False)
+    )
     counts = {column: Counter(entry["columns"][column]["status"] for entry in built) for column in COLUMNS}
     statuses = [status for status in ("exact", "refused", "WRONG", "CRASH") if any(counts[name][status] for name in COLUMNS)]
     lines = [
@@ -121,8 +133,9 @@ def page(entries: Sequence[Entry]) -> str:
         "",
         *grid(["", *COLUMNS], [[status, *(str(counts[column][status]) for column in COLUMNS)] for status in statuses]),
         "",
-        *grid(["family", *COLUMNS, "oracle"], rows),
+        *grid(["family", *COLUMNS, "oracle"], families),
         "",
+        *([LOADED, *grid(["loaded", *COLUMNS, "oracle"], loaded), ""] if loaded else []),
         "## Why something is refused",
         "",
         *(f"{number}. {sentence} *({_some(reasons.families[sentence])})*" for sentence, number in reasons.numbers.items()),
@@ -139,7 +152,8 @@ def page(entries: Sequence[Entry]) -> str:
 
 def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A table of Markdown."""
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+    escaped = [[each.replace("|", "\\|") for each in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *escaped)]
 
 
 def _some(families: Sequence[str]) -> str:

@@ -147,12 +147,12 @@ def test_what_a_check_can_find():
         raise KeyError("x")
 
     outcomes = [
-        judged("a", lambda: 1e-6),
-        judged("b", lambda: 0.1),
-        judged("c", lambda: float("nan")),
-        judged("d", lambda: None),
+        judged("a", 1e-4, lambda: 1e-6),
+        judged("b", 1e-4, lambda: 0.1),
+        judged("c", 1e-4, lambda: float("nan")),
+        judged("d", 1e-4, lambda: None),
     ]
-    outcomes += [judged("e", refuse), judged("f", mismatch), judged("g", crash)]
+    outcomes += [judged("e", 1e-4, refuse), judged("f", 1e-4, mismatch), judged("g", 1e-4, crash)]
     assert [each.status for each in outcomes] == ["exact", "WRONG", "WRONG", "unchecked", "refused", "WRONG", "CRASH"]
     assert "KeyError" in outcomes[-1].text
     assert [worst(outcomes), worst(outcomes[4:5]), worst([outcomes[0], outcomes[4]])] == ["WRONG", "refused", "exact"]
@@ -165,8 +165,8 @@ def test_the_page_says_what_was_found():
     crash = {"status": "CRASH", "checks": [{"check": "a chain", "status": "CRASH", "text": "KeyError: x"}] * 2}
     state = {"leattn": "1", "transformers": "2", "torch": "3", "sources": "4"}
     columns = dict.fromkeys(COLUMNS, exact)
-    one = {"family": "gpt2", "names": ["gpt2"], "oracle": "one 4-D mask", "state": state}
-    other = {"family": "odd", "unbuilt": "it reads no text", "state": state}
+    one = {"family": "gpt2", "names": ["gpt2"], "oracle": "one 4-D mask", "state": state, "loaded": None}
+    other = {"family": "odd", "unbuilt": "it reads no text", "state": state, "loaded": None}
     written = page([{**one, "columns": {**columns, "flex": refused, "shift": crash}}, other])
     assert "| gpt2 | 3e-07 | 3e-07 | refused [1] | 3e-07 | 3e-07 | 3e-07 | **CRASH** | mask |" in written
     assert "1. transformers does not run this model through flex_attention; use backend='eager' *(gpt2)*" in written
