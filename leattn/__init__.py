@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "errors": ["LeattnError", "GraphError", "CompileError", "BackendError", "LeattnWarning"],
     "dag.node": ["ICLNode", "bos"],
+    "dag.reading": ["read"],
     "dag.gennode": ["GenNode"],
     "dag.graph": ["ICLGraph"],
     "dag.builders": ["chain", "parallel", "causal"],
@@ -83,6 +84,7 @@ __all__ = [
     "patterns",
     "prepare_inputs",
     "print_dag",
+    "read",
     "tiny",
     "training",
     "upstream_nodes",
@@ -111,6 +113,7 @@ if TYPE_CHECKING:
     from leattn.dag.graph import ICLGraph
     from leattn.dag.node import ICLNode, bos
     from leattn.dag.paraphrase import paraphrase_group, paraphrase_segments
+    from leattn.dag.reading import read
     from leattn.dag.segments import from_segments
     from leattn.errors import BackendError, CompileError, GraphError, LeattnError, LeattnWarning
     from leattn.generation.forward import forward, warm

@@ -9,6 +9,7 @@ from typing import Any
 
 from leattn.attention.backends import BACKENDS
 from leattn.attention.probe import route
+from leattn.attention.turning import readings_refusal, shift_refusal
 from leattn.errors import BackendError, choices
 from leattn.kv.certify import Certificate, certificate
 from leattn.model.facts import Facts
@@ -105,6 +106,8 @@ def check_model(model: Any) -> ModelReport:
     for name, reason in (
         ("reuse", certified.reuse),
         ("shifted reuse", certified.shift),
+        ("readings", readings_refusal(model, record) if works else why),
+        ("shifted readings", shift_refusal(model, record) if works else why),
         ("skip attention", _skip_refusal(record)),
     ):
         reason = reason if works else why

@@ -112,7 +112,7 @@ def test_edits_name_what_is_wrong():
     root = ICLNode([1], id="root")
     leaf = ICLNode([2], [root], id="leaf")
     prompt = compile_prompt(leaf)
-    with pytest.raises(GraphError, match="'root' does not see 'leaf', so there is no such edge to remove"):
+    with pytest.raises(GraphError, match="'root' does not see 'leaf', so there is no such edge"):
         prompt.without_edge("root", "leaf")
     with pytest.raises(GraphError, match="no node is called 'nobody'; this graph has 'root', 'leaf'"):
         prompt.without_edge("leaf", "nobody")

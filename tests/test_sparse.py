@@ -87,10 +87,10 @@ def test_windows(one, two, window, queries):
 def test_a_window_is_masked_only_where_it_reaches_back_too_far():
     """Documents of 40 tokens at positions 5 to 45, and a question behind them: only the question looks back by more than 41."""
     prompt = compile_prompt(ICLNode(ids(6), [HEAD, *parallel([ids(40)] * 4, [HEAD])]))
-    masked = [isinstance(step, Mixed) for step, _ in check([prompt], window=45).steps[0]]
+    masked = [isinstance(step, Mixed) for step, _ in check([prompt], window=45).steps(frozenset())[0]]
     assert masked[-1]
     assert masked.count(True) == 1
-    last, _ = check([prompt], window=10).steps[0][-1]
+    last, _ = check([prompt], window=10).steps(frozenset())[0][-1]
     assert last.mask.shape[1] == 6 + 4 * 9  # its own, and of each document those less than 10 positions before its first token
 
 
@@ -181,7 +181,7 @@ def test_nothing_of_size_s_by_s_is_made():
 
 def of_stretches(stretches):
     """What a growing sequence would ask for: one row, and any stretches."""
-    return SimpleNamespace(width=stretches[-1].stop, repeats=lambda rows: rows, stretches=lambda queries: [stretches])
+    return SimpleNamespace(width=stretches[-1].stop, readings=(), repeats=lambda rows: rows, stretches=lambda queries: [stretches])
 
 
 def by_hand(stretches, first, stop):

@@ -10,10 +10,27 @@ from dataclasses import dataclass
 
 import torch
 
+from leattn.attention.reading import read_scores, scaled_scores
+from leattn.dag.reading import Reading
 from leattn.prompt.columns import Columns
 
 WHOLE = 512
 """Up to this many tokens, a side of a pair of nodes is kept token by token."""
+
+
+@dataclass(frozen=True)
+class RowReading:
+    """Queries that read some columns ``[n]`` in another way than as they are.
+
+    ``moved`` ``[H, q, D]`` are those queries as they meet columns that are read elsewhere, and ``visible`` ``[q, n]`` what a
+    window leaves of them there; None where that changes nothing.
+    """
+
+    queries: range
+    columns: torch.Tensor
+    reading: Reading
+    moved: torch.Tensor | None = None
+    visible: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -30,6 +47,8 @@ class Scores:
         What an intervention adds to the scores, ``[1 or H, S, S]``.
     sinks : Tensor or None
         A learned score per head that takes part in the softmax and is no token (gpt_oss), ``[H]``.
+    readings
+        Groups that some queries read in another way than as they are.
     """
 
     query: torch.Tensor
@@ -38,20 +57,30 @@ class Scores:
     softcap: float | None
     added: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
+    readings: Sequence[RowReading] = ()
 
     def weights(self, queries: slice, keys: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """Attention of some queries to the keys ``[C]`` after the softmax, ``[H, T, C]``; ``visible`` is ``[T, C]`` bool."""
         exact = torch.float64 if self.query.dtype == torch.float64 else torch.float32
         query, key = self.query[:, queries].to(exact), self.key[:, keys].to(exact)
-        heads, length, size = query.shape
-        groups = len(key)
-        scores = query.reshape(groups, heads // groups * length, size) @ key.transpose(1, 2)
-        scores = scores.reshape(heads, length, -1).mul_(self.scaling)
-        if self.softcap is not None:
-            scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
-        if self.added is not None:
-            scores += self.added[:, queries][..., keys].to(exact)
+        length = query.shape[1]
+        scores = scaled_scores(query[None], key[None], self.scaling, self.softcap)[0]
+        added = 0.0 if self.added is None else self.added[:, queries][..., keys].to(exact)
+        scores += added
         scores.masked_fill_(~visible, -torch.inf)
+        for one in self.readings:
+            low, high = max(one.queries.start, queries.start), min(one.queries.stop, queries.stop)
+            at = torch.isin(keys, one.columns).nonzero()[:, 0]
+            if low >= high or not len(at):
+                continue
+            rows = slice(low - queries.start, high - queries.start)
+            part = scores[:, rows][..., at]
+            if one.moved is not None:
+                moved = one.moved[:, low - one.queries.start : high - one.queries.start].to(exact)
+                part = scaled_scores(moved[None], key[None, :, at], self.scaling, self.softcap)[0]
+                part += added if isinstance(added, float) else added[:, rows][..., at]
+            of_rows = scores[:, rows]  # a view
+            of_rows[..., at] = read_scores(part, visible[rows][:, at], one.reading)
         if self.sinks is None:
             return scores.softmax(-1)
         sinks = self.sinks.to(exact)[:, None, None].expand(-1, length, 1)
@@ -124,6 +153,11 @@ def fold(
         queries = torch.arange(start, stop, device=device)
         # The layout is topological: nobody sees a later token.
         visible = prompt_columns.dense(range(start, stop), stop, window)[0].to(device)
+        for one in scores.readings:
+            low, high = max(one.queries.start, start), min(one.queries.stop, stop)
+            if one.visible is not None and low < high:
+                rows = visible[low - start : high - start]  # a view
+                rows[:, one.columns] = one.visible[low - one.queries.start : high - one.queries.start]
         columns = visible.any(0).nonzero()[:, 0]
         visible = visible[:, columns]
         weights = scores.weights(slice(start, stop), columns, visible)

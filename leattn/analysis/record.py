@@ -113,7 +113,7 @@ def spelled(what: object) -> str:
 
 def prompt_digest(prompt: CompiledPrompt) -> str:
     """Tokens, positions and who sees whom."""
-    return digest([prompt.input_ids[0].tolist(), prompt.position_ids[0].tolist(), prompt.offsets, prompt.visible.runs])
+    return digest([prompt.input_ids[0].tolist(), prompt.position_ids[0].tolist(), prompt.offsets, prompt.visible])
 
 
 def model_digest(model: Any) -> str:

@@ -8,12 +8,14 @@ from typing import Any, cast
 
 import torch
 
-from leattn.analysis.fold import Pair, Scores, fold
+from leattn.analysis.fold import Pair, RowReading, Scores, fold
 from leattn.attention.around import Call
 from leattn.attention.block import Block, running
+from leattn.attention.reading import active, in_window, moved_query
 from leattn.attention.request import Backend
 from leattn.interventions import Operation, intervene
 from leattn.model.record import Model
+from leattn.prompt.columns import columns_in
 from leattn.prompt.compile import CompiledPrompt
 
 
@@ -56,7 +58,7 @@ class Tracer:
         if call.layer not in self.mass.places:
             return
         sinks = cast("torch.Tensor | None", getattr(call.module, "sinks", None))
-        scores = Scores(call.query[0], call.key[0], call.scaling, call.softcap, self._added, sinks)
+        scores = Scores(call.query[0], call.key[0], call.scaling, call.softcap, self._added, sinks, row_readings(call))
         self._added = None
         request = call.request
         folded = fold(
@@ -78,6 +80,25 @@ class Tracer:
                 self.hidden.put(layer, hidden[0].float().norm(dim=-1))
 
         return before
+
+
+def row_readings(call: Call) -> list[RowReading]:
+    """What the queries of one prompt's forward read in other ways in the layer that calls."""
+    request, device = call.request, call.query.device
+    readings, found = active(request.columns.readings, call.module), []
+    for stretch in request.columns.stretches(request.queries)[0]:
+        queries = range(stretch.start, stretch.stop)
+        for runs, reading in stretch.readings:
+            if reading not in readings:
+                continue
+            columns = torch.from_numpy(columns_in(runs)).to(device)
+            query = call.query[:, :, stretch.start : stretch.stop]
+            moved = moved_query(query, reading, request.turns, call.module)
+            visible = None
+            if reading.shift and request.window is not None:
+                visible = in_window(request.columns, 0, queries, columns.cpu(), request.window, reading.shift).to(device)
+            found.append(RowReading(queries, columns, reading, None if moved is query else moved[0], visible))
+    return found
 
 
 @contextmanager

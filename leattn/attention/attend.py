@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from leattn.attention.backends import automatic, named
-from leattn.attention.block import Block, follow, innermost, standing_needs
-from leattn.attention.probe import route
-from leattn.attention.request import Backend, MaskMode, Need, checked_mask
-from leattn.errors import BackendError, LeattnError, choices
+from leattn.attention.block import Block, follow, innermost
+from leattn.attention.choose import chosen
+from leattn.attention.request import Backend, MaskMode, checked_mask
+from leattn.attention.turning import check_readings, key_turns
+from leattn.errors import LeattnError, choices
 from leattn.model.record import Model
 from leattn.prompt.columns import Columns
 from leattn.prompt.compile import CompiledPrompt, columns_of
@@ -106,56 +105,16 @@ def prepare(
 
 
 def block_for(model: Any, record: Model, columns: Columns, backend: str | Backend, user: Tensor | None = None) -> Block:
-    """The block that follows these columns.
+    """The block that follows these columns, and knows what their readings take.
 
     Raises
     ------
     BackendError
-        No backend, or not the one that was named, can run the model with this mask of the user's.
+        No backend, or not the one that was named, can run the model with this mask of the user's, or with these readings.
     """
-    needs: set[Need] = set() if user is None else {"mask"} if user.dtype == torch.bool else {"mask", "additive mask"}
-    is_auto = isinstance(backend, str) and backend == "auto"
-    order = automatic(record, plain=columns.is_plain and user is None) if is_auto else [named(backend)]
-    checkpoints = record.checkpoints
-    if checkpoints:
-        order = _that_outlive_the_block(record, order)
-
-    def serves(other: Backend) -> bool:
-        return route(model, record, other) == (None, False)
-
-    reasons: list[str] = []
-    for one in order:
-        lacking = one.lacks(needs)
-        if lacking is not None:
-            if not is_auto:
-                raise BackendError(lacking)
-            continue
-        reason, native = route(model, record, one)
-        if reason is None:
-            native = native or checkpoints
-            backends = [one] if native or not is_auto else [one, *(other for other in order if other is not one)]
-            block = Block(record, model, columns, backends, serves=serves, native=native, needs=frozenset(needs), user=user)
-            if len(backends) > 1:
-                block.backend = block.decide(block.needs | standing_needs(record))
-            return block
-        if not is_auto:
-            raise BackendError(f"backend {one.name!r} cannot run this model: {reason}")
-        if one.implementation is not None:
-            reasons.append(reason)
-    raise BackendError(f"{type(model).__name__} cannot follow a graph: {reasons[0]}")
-
-
-def _that_outlive_the_block(record: Model, order: Sequence[Backend]) -> list[Backend]:
-    """Gradient checkpointing runs the layers again in backward, on what the model has outside of any block."""
-    same = [backend for backend in order if backend.implementation == record.implementation]
-    if not same:
-        raise BackendError(
-            "gradient checkpointing runs the layers again in backward, when this block may have ended and the model is back "
-            f"on {record.implementation!r}; "
-            + (
-                f"{order[0].name} cannot be used here"
-                if order[0].implementation is None
-                else f"call model.set_attn_implementation({order[0].implementation!r}) first"
-            )
-        )
-    return same
+    if columns.readings:
+        check_readings(model, record, columns.readings)
+    block = chosen(model, record, columns, backend, user)
+    if any(reading.shift for reading in columns.readings):
+        block.turns = key_turns(model, record)
+    return block

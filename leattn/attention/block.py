@@ -21,6 +21,7 @@ from torch import Tensor
 
 from leattn.attention.around import wrapped_attention
 from leattn.attention.call import by_name, hides_tokens, prepared_call
+from leattn.attention.reading import Turns
 from leattn.attention.request import Backend, LayerAttention, Need, Request, UnderMask
 from leattn.errors import BackendError
 from leattn.model import registry
@@ -49,6 +50,8 @@ class Block:
         The model keeps an implementation of transformers, and gets masks in its form.
     needs
         What every forward of the block asks of its backend.
+    turns
+        How each layer's keys turn with the position, where a reading has a shift.
     wrapped, operations, reenter
         Of interventions: what is around each layer's attention, what was asked for, and how a block inside this one is entered
         so that it is asked for there too.
@@ -68,6 +71,7 @@ class Block:
     needs: frozenset[Need] = frozenset()
     user: Tensor | None = None
     replaces: bool = False
+    turns: Turns = ()
     wrapped: Any = None
     operations: tuple[Any, ...] = ()
     reenter: Callable[[Block], AbstractContextManager[Block]] | None = None
@@ -323,7 +327,15 @@ def _answer(config: Any, plain: Callable[[], Any], padding: Tensor | None, *, ou
         block = active[-1]
         block.masks_asked += 1
         padding = padding if block.padding_hides else None
-        request = Request(block.columns, padding=padding, user=block.user, replaces=block.replaces, kept=block.kept, **asked)
+        request = Request(
+            block.columns,
+            padding=padding,
+            user=block.user,
+            replaces=block.replaces,
+            kept=block.kept,
+            turns=block.turns,
+            **asked,
+        )
         attention: LayerAttention = block.backend.attention(request)
         if block.native:
             return attention.mask  # type: ignore[attr-defined]

@@ -59,6 +59,10 @@ class Group:
         """Whether what is seen is computed apart from what the stretches see of themselves."""
         return self.count > 1 or self.window > 0 or (self.length > 1 and self.seen_keys > LONG)
 
+    def index(self, device: torch.device) -> slice | Tensor:
+        """Where the keys to pick out for it are."""
+        return select(self.keys(), device)
+
     def keys(self) -> Ints:
         """The columns to pick out for it, ascending."""
         return columns_in(self.seen if self.is_apart else [*self.seen, (self.start, self.stop)])

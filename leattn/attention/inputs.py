@@ -45,8 +45,10 @@ class InputForm:
         Raises
         ------
         BackendError
-            A token id or a position that the model has no embedding for.
+            A token id or a position that the model has no embedding for; a prompt in which something is read in another way.
         """
+        for prompt in prompts:
+            prompt.check_masks_say_all()
         self.facts.check_tokens(prompts)
         self.facts.check_positions(prompts)
         columns = columns_of(prompts, device)

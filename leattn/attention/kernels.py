@@ -6,14 +6,16 @@ is computed apart from their own part; everywhere else keys are put side by side
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from leattn.attention.group import Group
+from leattn.dag.reading import Reading
 
 SHORT = 64
 """Keys seen whole up to which each stretch of a group gets a copy of them; more are computed apart and merged."""
@@ -27,17 +29,24 @@ TEMPORARY = 4 << 20
 """Bytes of output that one batched call may make: page faults on large fresh tensors cost more than the calls."""
 
 
+Moved: TypeAlias = Callable[[Tensor, Reading], Tensor]
+"""A query as it meets the keys of a group."""
+
+
 def needs_gradient(*tensors: Tensor) -> bool:
     """Whether anybody will ask for the gradient of what is computed from these."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 class Kernel:
-    """How to compute one layer's attention: its scaling, whether the kernel that returns the log-sum-exp may be used, and which
-    of a forward's calls this is."""
+    """How to compute one layer's attention: its scaling, whether the kernel that returns the log-sum-exp may be used, which of
+    a forward's calls this is, and how its queries are turned to read what stands elsewhere."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, number: int = 0) -> None:
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, number: int = 0, moved: Moved | None = None
+    ) -> None:
         self.scaling, self.number = scaling, number
+        self.moved: Moved = (lambda query, _: query) if moved is None else moved
         # Private, but the one that returns the log-sum-exp and takes grouped heads; it has no gradient for that, and wants
         # values as wide as keys (deepseek's latent attention has others).
         self.with_lse = (
@@ -90,11 +99,13 @@ class Kernel:
             self.stairs(query, keys, values, output[:, None])
             return
         mask = None if query.shape[2] == 1 else _bottom_right(query.shape[2], key.shape[2], query)
-        theirs, theirs_lse = self._folded(query, seen_key, seen_value)
-        mine, mine_lse = self._folded(query, key, value, mask)
+        theirs, theirs_lse = self.folded(query, seen_key, seen_value)
+        mine, mine_lse = self.folded(query, key, value, mask)
         torch.lerp(mine, theirs, torch.sigmoid(theirs_lse - mine_lse).to(query.dtype), out=output)
 
-    def _folded(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def folded(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scaling: float | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Query heads, and rows that share one row of keys, side by side as queries of their key head: keys are read once.
 
         Output ``[B, Q, H, D]`` and log-sum-exp ``[B, Q, H, 1]``.
@@ -104,7 +115,7 @@ class Kernel:
         sharing, each = rows // kept, heads // groups
         folded = query.reshape(kept, sharing, groups, each, length, size).transpose(1, 2).flatten(2, 4)
         mask = None if mask is None else mask.repeat(sharing * each, 1)
-        output, lse = self._flash(folded, key, value, mask=mask)
+        output, lse = self._flash(folded, key, value, mask=mask, scaling=scaling)
         parts = [x.reshape(kept, groups, sharing, each, length, -1) for x in (output, lse)]
         result, result_lse = (x.permute(0, 2, 4, 1, 3, 5).reshape(rows, length, heads, -1) for x in parts)
         return result, result_lse
@@ -130,6 +141,12 @@ class Kernel:
                 by_block = output[:, columns].unflatten(1, (block.count, block.length))  # type: ignore[no-untyped-call]
                 self._with_copies(query[:, :, columns], key, value, block, several, seen, by_block)
             return
+        mine, mine_lse = self.own(query, key, value, group)
+        theirs, theirs_lse = self.over(query, *seen, self.scaling)
+        torch.lerp(mine, theirs, torch.sigmoid(theirs_lse - mine_lse).to(query.dtype), out=output)
+
+    def own(self, query: Tensor, key: Tensor, value: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+        """What equal stretches see of themselves: output ``[B, Q, H, D]`` and log-sum-exp ``[B, Q, H, 1]``."""
         own = slice(group.start, group.stop)
         parts = [_split(x, group) for x in (query, key[:, :, own], value[:, :, own])]
         steps = []
@@ -138,12 +155,15 @@ class Kernel:
             mask = None if is_causal else _bottom_right(stop - start, stop, query)
             step = parts[0][:, :, start:stop], parts[1][:, :, :stop], parts[2][:, :, :stop]
             steps.append(self._flash(*step, causal=is_causal, mask=mask))
-        mine, mine_lse = (_joined(torch.cat(x, 2), group) for x in zip(*steps, strict=True))
+        output, lse = (_joined(torch.cat(x, 2), group) for x in zip(*steps, strict=True))
+        return output, lse
+
+    def over(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        """All queries over all keys: output ``[B, Q, H, D]`` and log-sum-exp ``[B, Q, H, 1]``."""
         if 2 * query.shape[2] <= BLOCK:
-            theirs, theirs_lse = self._folded(query, *seen)
-        else:
-            theirs, theirs_lse = (x.transpose(1, 2) for x in self._flash(query, *seen))
-        torch.lerp(mine, theirs, torch.sigmoid(theirs_lse - mine_lse).to(query.dtype), out=output)
+            return self.folded(query, key, value, scaling=scaling)
+        output, lse = self._flash(query, key, value, scaling=scaling)
+        return output.transpose(1, 2), lse.transpose(1, 2)
 
     def _with_copies(
         self, query: Tensor, key: Tensor, value: Tensor, group: Group, several: int, seen: tuple[Tensor, Tensor], output: Tensor
@@ -169,11 +189,18 @@ class Kernel:
         output.copy_(part.transpose(1, 2).unflatten(0, (-1, group.count)))  # type: ignore[no-untyped-call]
 
     def _flash(
-        self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, mask: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        causal: bool = False,
+        mask: Tensor | None = None,
+        scaling: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Output ``[B, H, Q, D]`` and log-sum-exp ``[B, H, Q, 1]``; both lie in memory with Q before H."""
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, causal, attn_mask=mask, scale=self.scaling
+            query, key, value, 0.0, causal, attn_mask=mask, scale=self.scaling if scaling is None else scaling
         )
         return output, lse[..., None]
 

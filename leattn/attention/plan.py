@@ -18,8 +18,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from leattn.attention.group import Group, Ints, picked
+from leattn.attention.group import Group, Ints, picked, select
 from leattn.attention.kernels import Kernel
+from leattn.attention.reader import Reader, readers
 from leattn.prompt.columns import Stretch, columns_in
 from leattn.prompt.visible import Run
 
@@ -42,8 +43,8 @@ class Mixed:
     def stop(self) -> int:
         return self.start + len(self.mask)
 
-    def keys(self) -> Ints:
-        return self.columns
+    def index(self, device: torch.device) -> slice | Tensor:
+        return select(self.columns, device)
 
     def run(self, kernel: Kernel, index: slice | Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
         mask = torch.from_numpy(self.mask).to(query.device)
@@ -65,8 +66,8 @@ class Continuation:
     kept: dict[Any, Any]
     name: Any
 
-    def keys(self) -> Ints:
-        return self.seen
+    def index(self, device: torch.device) -> slice | Tensor:
+        return select(self.seen, device)
 
     def run(self, kernel: Kernel, index: slice | Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
         name = (self.name, kernel.number)
@@ -79,7 +80,7 @@ class Continuation:
         kernel.continuation(query, *pair, key[:, :, self.own], value[:, :, self.own], output)
 
 
-Step: TypeAlias = Group | Mixed | Continuation
+Step: TypeAlias = Group | Mixed | Continuation | Reader
 
 
 def _rows_agree(x: Tensor) -> bool:
@@ -87,12 +88,21 @@ def _rows_agree(x: Tensor) -> bool:
     return len(x) == 1 or bool((x - x[:1]).abs().max() <= 64 * torch.finfo(x.dtype).eps * x.abs().max())
 
 
-def plan(stretches: Sequence[Stretch], positions: Ints | None = None, window: int | None = None) -> list[Group | Mixed]:
+def plan(
+    stretches: Sequence[Stretch], positions: Ints | None = None, window: int | None = None
+) -> list[Group | Mixed | Reader]:
     """Steps that cover the queries of the stretches, in order.
 
     With a sliding ``window``, measured in ``positions`` ``[K]`` (``pos_q − pos_k < window``, so that keys at later positions
     are always inside), what reaches further back goes under a mask.
     """
+    steps: list[Group | Mixed | Reader] = []
+    for reads, several in groupby(stretches, lambda stretch: bool(stretch.readings)):
+        steps += (readers if reads else _as_they_are)(list(several), positions, window)
+    return steps
+
+
+def _as_they_are(stretches: Sequence[Stretch], positions: Ints | None, window: int | None) -> list[Group | Mixed]:
     if positions is None or window is None:
         return _grouped(stretches)
     steps: list[Group | Mixed] = []

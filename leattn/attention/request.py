@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from leattn.attention.reading import Turns
 from leattn.errors import BackendError
 from leattn.model.record import Model
 from leattn.model.registry import attention_function, check_keywords
@@ -22,7 +23,7 @@ from leattn.prompt.masks import additive
 
 MaskMode: TypeAlias = Literal["combine", "replace"]
 
-Need: TypeAlias = Literal["weights", "scores", "mask", "additive mask", "padding", "dropout"]
+Need: TypeAlias = Literal["weights", "scores", "mask", "additive mask", "padding", "dropout", "readings"]
 """What a forward may ask of its backend beyond the graph itself."""
 
 NEEDS: dict[Need, str] = {
@@ -32,6 +33,7 @@ NEEDS: dict[Need, str] = {
     "additive mask": "{} takes a boolean mask only; give a boolean mask, or use backend='eager' or 'sdpa'",
     "padding": "{} takes no attention_mask that hides tokens of a prompt; use backend='sdpa'",
     "dropout": "{} has no attention dropout; use model.eval() or set it to 0 in the config",
+    "readings": "{} reads everything as it is, and a node of this graph does not (leattn.read); use backend='sparse' or 'sdpa'",
 }
 """Why a backend, by name, that does not carry a need is refused."""
 
@@ -49,7 +51,8 @@ class Request:
     ``window`` is None for full attention. ``padding`` is the caller's own ``attention_mask``, ``[B, ≤ K]`` bool, where it hides
     more than the padding in front of prompts. ``user`` is a mask of the user's, ``[1 or P, 1 or H, ≥ S, ≥ S]``, combined with
     the graph, or instead of it. ``kept`` is a backend's own, from one step of decoding to the next: empty
-    whenever the prompt runs. ``may_skip`` says that plain text may go without a mask.
+    whenever the prompt runs. ``may_skip`` says that plain text may go without a mask. ``turns`` are known where a reading has a
+    shift.
     """
 
     columns: Columns
@@ -64,6 +67,7 @@ class Request:
     replaces: bool = False
     kept: dict[Any, Any] = field(default_factory=dict)
     may_skip: bool = True
+    turns: Turns = ()
 
     @property
     def repeats(self) -> int:

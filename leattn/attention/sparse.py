@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from leattn.attention import varlen
-from leattn.attention.group import Group, select
+from leattn.attention.group import Group
 from leattn.attention.kernels import Kernel
 from leattn.attention.plan import Continuation, Mixed, Step, plan
-from leattn.attention.request import Backend, Request
+from leattn.attention.reader import Reader
+from leattn.attention.reading import active, holding, moved_query
+from leattn.attention.request import Backend, Need, Request
+from leattn.dag.reading import Reading
 from leattn.errors import BackendError
 from leattn.model.record import Model
 from leattn.model.registry import check_keywords
@@ -31,6 +34,7 @@ class SparseAttention:
         self.request, self.packs = request, packs
         self.stretches = request.columns.stretches(request.queries)
         self.number = 0
+        self._steps: dict[frozenset[Reading], list[list[tuple[Step, Any]]]] = {}
 
     @cached_property
     def _positions(self) -> Tensor:
@@ -51,20 +55,25 @@ class SparseAttention:
         queries = self.request.queries
         return self.stretches == [[Stretch(0, queries.stop, ())]] and not queries.start and not self.is_windowed
 
-    @cached_property
-    def steps(self) -> list[list[tuple[Step, slice | Tensor]]]:
-        """The steps of each prompt, and where the keys are that they compute with."""
+    def steps(self, readings: frozenset[Reading]) -> list[list[tuple[Step, Any]]]:
+        """The steps of each prompt where these readings hold, and where the keys are that they compute with."""
+        if readings not in self._steps:
+            self._steps[readings] = self._planned(readings)
+        return self._steps[readings]
+
+    def _planned(self, readings: frozenset[Reading]) -> list[list[tuple[Step, Any]]]:
         prompts = []
-        for p, stretches in enumerate(self.stretches):
+        for p, every in enumerate(self.stretches):
+            stretches = [holding(stretch, readings) for stretch in every]
             positions = self._positions[p].numpy() if self.is_windowed else None
             steps = [self._continued(p, step) for step in plan(stretches, positions, self.request.window)]
-            prompts.append([(step, select(step.keys(), self.request.device)) for step in steps])
+            prompts.append([(step, step.index(self.request.device)) for step in steps])
         return prompts
 
-    def _continued(self, p: int, step: Group | Mixed) -> Step:
+    def _continued(self, p: int, step: Group | Mixed | Reader) -> Step:
         """A step of what is generated, as a continuation of the prompt where it sees scattered columns of that."""
         width = self.request.columns.width
-        if isinstance(step, Mixed) or step.start < width:
+        if not isinstance(step, Group) or step.start < width:
             return step
         seen = columns_in([(first, min(last, width)) for first, last in step.seen if first < width])
         if not len(seen) or seen[-1] - seen[0] < len(seen):
@@ -95,7 +104,6 @@ class SparseAttention:
         BackendError
             An option that would be left out.
         """
-        del module
         check_keywords(kwargs, (), "the sparse backend")
         if dropout:
             raise BackendError("the sparse backend has no attention dropout; use model.eval() or set it to 0 in the config")
@@ -105,12 +113,17 @@ class SparseAttention:
         varlen_kernel = varlen.kernel_for(query, key, value) if self.packs and not self.is_windowed else None
         if varlen_kernel is not None:
             return self.packed.attention(varlen_kernel, query, key, value, scaling), None
-        kernel = Kernel(query, key, value, scaling, number)
+        readings = active(request.columns.readings, module)
+
+        def moved(query: Tensor, reading: Reading) -> Tensor:
+            return moved_query(query, reading, request.turns, module)
+
+        kernel = Kernel(query, key, value, scaling, number, moved)
         if self.is_causal:
             return kernel.causal(query, key[:, :, :length], value[:, :, :length]), None
         output = query.new_zeros(rows, length, heads, value.shape[-1])  # padding columns stay 0
         repeats, first = request.repeats, request.queries.start
-        for p, steps in enumerate(self.steps):
+        for p, steps in enumerate(self.steps(readings)):
             part = slice(p * repeats, (p + 1) * repeats)
             queries, keys, values, outputs = query[part], key[part], value[part], output[part]
             for step, index in steps:
@@ -127,6 +140,6 @@ def _refusal(record: Model) -> str | None:
     return None
 
 
-SPARSE = Backend("sparse", SparseAttention, _refusal)
+SPARSE = Backend("sparse", SparseAttention, _refusal, carries=frozenset[Need]({"readings"}))
 VARLEN = Backend("varlen", partial(SparseAttention, packs=True), _refusal, device="cuda")
 """A backend of its own name, that ``"auto"`` does not take: it has run on an emulation of the kernel only."""

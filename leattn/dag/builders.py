@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from leattn.dag.node import ICLNode, Prefix, as_parents
+from leattn.dag.reading import Read
 from leattn.errors import GraphError
 
 Content: TypeAlias = str | Sequence[int] | torch.Tensor
@@ -18,7 +19,7 @@ SpecialTokens: TypeAlias = Literal["parse", "text"]
 def chain(
     contents: Iterable[Content],
     *,
-    parents: Iterable[ICLNode] = (),
+    parents: Iterable[ICLNode | Read] = (),
     ids: Sequence[str | None] | None = None,
     special_tokens: SpecialTokens = "parse",
 ) -> list[ICLNode]:
@@ -61,7 +62,7 @@ def chain(
 
 def parallel(
     contents: Iterable[Content],
-    parents: Iterable[ICLNode] = (),
+    parents: Iterable[ICLNode | Read] = (),
     *,
     ids: Sequence[str | None] | None = None,
     special_tokens: SpecialTokens = "parse",
@@ -87,7 +88,7 @@ def parallel(
 
 def causal(
     contents: Iterable[Content],
-    parents: Iterable[ICLNode] = (),
+    parents: Iterable[ICLNode | Read] = (),
     *,
     ids: Sequence[str | None] | None = None,
     special_tokens: SpecialTokens = "parse",
@@ -106,10 +107,11 @@ def causal(
       1  b  tokens 2:3  positions 2:3  ■■⬚
       2  c  tokens 3:4  positions 3:4  ■■■
     """
-    before = list(as_parents(parents))
+    given = as_parents(parents)
+    before, readings = list(given), getattr(given, "readings", ())
     first = len(before)
     for content, name in _named(contents, ids):
-        before.append(ICLNode(content, Prefix(before, len(before)), name, special_tokens=special_tokens))
+        before.append(ICLNode(content, Prefix(before, len(before), readings), name, special_tokens=special_tokens))
     return before[first:]
 
 

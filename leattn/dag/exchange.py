@@ -8,11 +8,14 @@ import json
 import os
 import secrets
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from leattn.dag.gennode import GenNode
-from leattn.dag.node import ICLNode
+from leattn.dag.node import ICLNode, regrouped
+from leattn.dag.reading import Read, Reading
+from leattn.dag.reading import read as read_group
 from leattn.errors import GraphError, LeattnError
 
 if TYPE_CHECKING:
@@ -20,6 +23,10 @@ if TYPE_CHECKING:
 
 OPTIONAL = ("start_pos_id", "end_pos_id", "special_tokens", "max_new_tokens", "stop", "sampling")
 FIELDS = ("id", "content", "parents", *OPTIONAL)
+READING = tuple(field.name for field in fields(Reading))
+
+Group: TypeAlias = tuple[list[Hashable], dict[str, Any]]
+"""Members of a group of parents, and how they are read."""
 
 
 def _fields(node: ICLNode) -> dict[str, Any]:
@@ -40,9 +47,15 @@ def _fields(node: ICLNode) -> dict[str, Any]:
 
 
 def to_dict(nodes: Sequence[ICLNode], names: Mapping[ICLNode, str]) -> dict[str, Any]:
-    return {
-        "nodes": [{"id": names[node], "parents": [names[parent] for parent in node.parents], **_fields(node)} for node in nodes]
-    }
+    return {"nodes": [{"id": names[node], "parents": _parents(node, names), **_fields(node)} for node in nodes]}
+
+
+def _parents(node: ICLNode, names: Mapping[ICLNode, str]) -> list[Any]:
+    """Names, and for each group that is read in another way a mapping of its names under ``"read"`` and what is changed."""
+    return [
+        names[each] if isinstance(each, ICLNode) else {"read": [names[one] for one in each.nodes], **each.reading.changed()}
+        for each in regrouped(node)
+    ]
 
 
 def from_dict(data: Mapping[str, Any]) -> list[ICLNode]:
@@ -53,6 +66,7 @@ def from_dict(data: Mapping[str, Any]) -> list[ICLNode]:
         raise GraphError(f"unknown field {beside[0]!r} beside 'nodes'")
     records: dict[Hashable, dict[str, Any]] = {}
     parents: dict[Hashable, list[Hashable]] = {}
+    groups: dict[Hashable, list[Group]] = {}
     for number, record in enumerate(data["nodes"]):
         if not isinstance(record, Mapping) or "content" not in record:
             raise GraphError(f"node number {number} has no 'content': {record!r}")
@@ -67,8 +81,21 @@ def from_dict(data: Mapping[str, Any]) -> list[ICLNode]:
         given = record.get("parents") or []
         if isinstance(given, str) or not isinstance(given, Sequence):
             raise GraphError(f"'parents' of node {key!r} is a list of ids, not {given!r}")
-        parents[key] = [str(parent) for parent in given]
-    return _build(records, parents)
+        groups[key] = [_group(key, parent) for parent in given if isinstance(parent, Mapping)]
+        alone = [str(parent) for parent in given if not isinstance(parent, Mapping)]
+        parents[key] = [*alone, *(name for names, _ in groups[key] for name in names)]
+    return _build(records, parents, groups)
+
+
+def _group(key: Hashable, group: Mapping[Any, Any]) -> Group:
+    names = group.get("read")
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise GraphError(f"a group among the parents of node {key!r} has a list of ids under 'read', not {names!r}")
+    options = {name: group[name] for name in group if name != "read"}
+    unknown = sorted(set(options) - set(READING), key=str)
+    if unknown:
+        raise GraphError(f"node {key!r} reads a group with an unknown {unknown[0]!r}; known are {', '.join(READING)}")
+    return [str(name) for name in names], options
 
 
 def to_networkx(nodes: Sequence[ICLNode], names: Mapping[ICLNode, str]) -> networkx.DiGraph[str]:
@@ -78,6 +105,10 @@ def to_networkx(nodes: Sequence[ICLNode], names: Mapping[ICLNode, str]) -> netwo
     for node in nodes:
         graph.add_node(names[node], **_fields(node))
     graph.add_edges_from((names[parent], names[node]) for node in nodes for parent in node.parents)
+    for node in nodes:
+        for number, group in enumerate(node.readings):
+            attributes = {"read": number, **group.reading.changed()}
+            graph.add_edges_from((names[parent], names[node], attributes) for parent in group.nodes)
     return graph
 
 
@@ -89,17 +120,43 @@ def from_networkx(graph: networkx.DiGraph[Any]) -> list[ICLNode]:
         if "content" not in attributes:
             raise GraphError(f"node {key!r} of the networkx graph has no attribute 'content'")
         records[key] = {"id": str(key), **{name: attributes[name] for name in ("content", *OPTIONAL) if name in attributes}}
-    return _build(records, {key: list(graph.predecessors(key)) for key in records})
+    parents = {key: list(graph.predecessors(key)) for key in records}
+    return _build(records, parents, {key: _groups_of(graph, key, parents[key]) for key in records})
 
 
-def _build(records: Mapping[Hashable, Mapping[str, Any]], parents: Mapping[Hashable, Sequence[Hashable]]) -> list[ICLNode]:
+def _groups_of(graph: networkx.DiGraph[Any], key: Hashable, parents: Sequence[Hashable]) -> list[Group]:
+    """Edges with the same number ``read`` are one group; what they say beside it must be the same."""
+    groups: dict[Hashable, Group] = {}
+    for parent in parents:
+        attributes = {name: value for name, value in graph.edges[parent, key].items() if name in ("read", *READING)}
+        if not attributes:
+            continue
+        number = attributes.pop("read", None)
+        members, options = groups.setdefault(number, ([], attributes))
+        if options != attributes:
+            raise GraphError(
+                f"edges into node {key!r} with read={number!r} differ: {options} and {attributes}; number them apart"
+            )
+        members.append(parent)
+    return list(groups.values())
+
+
+def _build(
+    records: Mapping[Hashable, Mapping[str, Any]],
+    parents: Mapping[Hashable, Sequence[Hashable]],
+    groups: Mapping[Hashable, Sequence[Group]],
+) -> list[ICLNode]:
     """Make the nodes in topological order; every tie goes to the record that comes first."""
     built: dict[Hashable, ICLNode] = {}
     for key in _topological(records, parents):
         record = records[key]
         options = {name: record[name] for name in OPTIONAL if record.get(name) is not None}
         name = None if record.get("id") is None else str(record["id"])
-        seen = [built[parent] for parent in parents[key]]
+        ungrouped = list(parents[key])
+        for parent in (parent for names, _ in groups[key] for parent in names):
+            ungrouped.remove(parent)
+        seen: list[ICLNode | Read] = [built[parent] for parent in ungrouped]
+        seen += [read_group([built[parent] for parent in names], **options) for names, options in groups[key]]
         if "max_new_tokens" in options:
             built[key] = _gen_node(record["content"], seen, name, **options)
             continue
@@ -112,7 +169,9 @@ def _build(records: Mapping[Hashable, Mapping[str, Any]], parents: Mapping[Hasha
     return list(built.values())
 
 
-def _gen_node(content: Any, parents: list[ICLNode], name: str | None, *, sampling: Any = None, **options: Any) -> GenNode:
+def _gen_node(
+    content: Any, parents: list[ICLNode | Read], name: str | None, *, sampling: Any = None, **options: Any
+) -> GenNode:
     """A node that the model writes. Its ``sampling`` holds names of GenerationConfig, none of the node's own fields."""
     if not isinstance(sampling, Mapping | None) or not all(isinstance(option, str) for option in sampling or {}):
         raise GraphError(f"'sampling' of node {name!r} is a mapping of names, such as temperature, to values, not {sampling!r}")

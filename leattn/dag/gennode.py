@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 
 from leattn.dag.node import ICLNode
+from leattn.dag.reading import Read
 from leattn.errors import CompileError
 
 NodeT = TypeVar("NodeT", bound=ICLNode)
@@ -81,7 +82,7 @@ class GenNode(ICLNode):
     def __init__(
         self,
         content: str | Iterable[int] | torch.Tensor,
-        parents: Iterable[ICLNode] | None = (),
+        parents: Iterable[ICLNode | Read] | None = (),
         id: str | None = None,
         *,
         max_new_tokens: int,
@@ -123,7 +124,7 @@ class GenNode(ICLNode):
         return f"GenNode({self._described()}, {shown})"
 
 
-def copied(node: NodeT, parents: Iterable[ICLNode], id: str, **sampling: Any) -> NodeT:
+def copied(node: NodeT, parents: Iterable[ICLNode | Read], id: str, **sampling: Any) -> NodeT:
     """A chunk under another name, seeing other nodes; what the model writes may get further options of sampling."""
     options: dict[str, Any] = {"start_pos_id": node.start_pos_id, "special_tokens": node.special_tokens}
     copy: ICLNode

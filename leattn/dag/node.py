@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 import torch
 
+from leattn.dag.reading import Read
 from leattn.dag.tokens import tokenize_all
 from leattn.errors import CompileError, GraphError, LeattnError, choices
 
@@ -28,11 +29,12 @@ class Prefix(Sequence["ICLNode"]):
     A causal prompt of N nodes has N²/2 edges. Sharing one list keeps building and compiling it linear in N.
     """
 
-    __slots__ = ("base", "length")
+    __slots__ = ("base", "length", "readings")
 
-    def __init__(self, base: list[ICLNode], length: int) -> None:
+    def __init__(self, base: list[ICLNode], length: int, readings: tuple[Read, ...] = ()) -> None:
         self.base = base
         self.length = length
+        self.readings = readings
 
     def __len__(self) -> int:
         return self.length
@@ -57,7 +59,8 @@ class ICLNode:
     content
         Text, tokenized by itself with nothing added, or token ids (a sequence or a 1-D tensor).
     parents
-        The nodes this one sees. They exist already, so no cycle can be built.
+        The nodes this one sees, among them groups that it reads in another way (:func:`leattn.read`). They exist already, so
+        no cycle can be built.
     id
         The name in graphs, pictures and results. Without one a graph names the node after its first ten characters.
     start_pos_id, end_pos_id
@@ -97,7 +100,7 @@ class ICLNode:
     def __init__(
         self,
         content: str | Iterable[int] | torch.Tensor,
-        parents: Iterable[ICLNode] | None = (),
+        parents: Iterable[ICLNode | Read] | None = (),
         id: str | None = None,
         *,
         start_pos_id: int | None = None,
@@ -144,6 +147,11 @@ class ICLNode:
             if position < 0:
                 raise CompileError(f"node {self} has {name}={value}; positions start at 0")
             object.__setattr__(self, name, position)
+
+    @property
+    def readings(self) -> tuple[Read, ...]:
+        """The groups of parents that it reads in another way than as they are."""
+        return getattr(self.parents, "readings", ())
 
     @property
     def default_name(self) -> str:
@@ -210,13 +218,28 @@ def _as_ids(content: Any) -> tuple[int, ...]:
     return ids
 
 
-def as_parents(parents: Iterable[ICLNode] | None) -> Sequence[ICLNode]:
-    """Parents as one checked, immutable sequence; a :class:`Prefix` and a tuple stay the object they are."""
-    if type(parents) is Prefix:
+class ReadParents(tuple["ICLNode", ...]):
+    """Parents of which some groups are read in another way."""
+
+    readings: tuple[Read, ...] = ()
+
+
+def as_parents(parents: Iterable[ICLNode | Read] | None) -> Sequence[ICLNode]:
+    """Parents as one checked, immutable sequence; a :class:`Prefix` and a tuple of nodes stay the object they are.
+
+    Groups are taken apart: their nodes are parents like others, and the sequence has them as ``readings``.
+    """
+    if isinstance(parents, Prefix | ReadParents):
         return parents
     if isinstance(parents, ICLNode):
         raise GraphError(f"parents is a list of nodes; write parents=[{parents}]")
-    nodes = tuple(parents or ())
+    given = tuple(parents or ())
+    groups = tuple(parent for parent in given if isinstance(parent, Read))
+    nodes: tuple[ICLNode, ...] = given  # type: ignore[assignment]
+    if groups:
+        flat = ((parent,) if not isinstance(parent, Read) else parent.nodes for parent in given)
+        nodes = ReadParents(node for each in flat for node in each)
+        nodes.readings = tuple(group for group in groups if not group.reading.is_identity)
     for parent in nodes:
         if not isinstance(parent, ICLNode):
             raise GraphError(f"a parent is an ICLNode that exists already, not {parent!r}")
@@ -224,6 +247,15 @@ def as_parents(parents: Iterable[ICLNode] | None) -> Sequence[ICLNode]:
         twice = next(parent for i, parent in enumerate(nodes) if any(parent is other for other in nodes[:i]))
         raise GraphError(f"parent {twice} is given twice; an edge exists or it does not")
     return nodes
+
+
+def regrouped(node: ICLNode, new: Mapping[ICLNode, ICLNode] | None = None) -> list[ICLNode | Read]:
+    """A node's parents as they were given, groups included; each as ``new`` has it, if it is there."""
+    replaced = new or {}
+    grouped = {id(parent) for group in node.readings for parent in group.nodes}
+    alone: list[ICLNode | Read] = [replaced.get(parent, parent) for parent in node.parents if id(parent) not in grouped]
+    groups = [Read(tuple(replaced.get(one, one) for one in group.nodes), group.reading) for group in node.readings]
+    return [*alone, *groups]
 
 
 def bos(tokenizer: PreTrainedTokenizerBase) -> ICLNode:

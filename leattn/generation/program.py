@@ -17,7 +17,7 @@ from leattn.dag.tokens import tokenize_all
 from leattn.errors import LeattnError
 from leattn.prompt.compile import CompiledPrompt
 from leattn.prompt.positions import Positions, after_seen, given_starts, pinned_start, scheme_of
-from leattn.prompt.visible import Run, Visibility, Visible, merge, visible_relation
+from leattn.prompt.visible import Readings, Run, Visibility, Visible, merge, visible_relation
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,13 @@ class Program:
     def __init__(self) -> None:
         self.units: list[Unit] = []
         self._runs: list[tuple[Run, ...]] = []
-        self._known: dict[tuple[ICLNode, int | None, tuple[Run, ...]], int] = {}
+        self._readings: dict[int, Readings] = {}
+        self._known: dict[tuple[ICLNode, int | None, tuple[Run, ...], Readings], int] = {}
 
     @cached_property
     def visible(self) -> Visible:
         """Which units each unit sees."""
-        return Visible(tuple(self._runs))
+        return Visible(tuple(self._runs), self._readings)
 
     @cached_property
     def sees(self) -> tuple[tuple[int, ...], ...]:
@@ -114,7 +115,7 @@ class Program:
                 limit, stop, sampling = node.max_new_tokens, node.stop, node.sampling
                 unit = replace(unit, writes=True, max_new_tokens=limit, stop=stop, sampling=sampling)
                 branches[name] = i
-            place.append(self._unit(node, unit, mapped))
+            place.append(self._unit(node, unit, mapped, _read(visible, i, place)))
         return Part(graph, None, {name: place[i] for name, i in branches.items()})
 
     def add_prompt(self, prompt: CompiledPrompt) -> Part:
@@ -125,12 +126,14 @@ class Program:
         for i, node in enumerate(graph.nodes):
             tokens = tuple(ids[offsets[i] : offsets[i + 1]])
             unit = Unit(graph.names[node], tokens, positions[offsets[i]])
-            place.append(self._unit(node, unit, _mapped(prompt.visible.runs[i], place)))
+            place.append(self._unit(node, unit, _mapped(prompt.visible.runs[i], place), _read(prompt.visible, i, place)))
         branches = {}
         for sink in graph.sinks:
             i = graph.index[sink]
             follows = place[i]
             branches[graph.names[sink]] = len(self.units)
+            if follows in self._readings:
+                self._readings[len(self.units)] = self._readings[follows]
             self.units.append(Unit(graph.names[sink], (), positions[offsets[i + 1] - 1] + 1, writes=True, follows=follows))
             self._runs.append(merge([*self._runs[follows], (follows, follows + 1)]))
         return Part(graph, prompt, branches)
@@ -139,12 +142,14 @@ class Program:
         unit = self.units[i]
         return None if unit.writes or unit.start is None else unit.start + len(unit.ids)
 
-    def _unit(self, node: ICLNode, unit: Unit, runs: tuple[Run, ...]) -> int:
-        """The index of this unit: the one at hand if another target has the same node, seeing the same, in the same place."""
-        known = self._known.setdefault((node, unit.start, runs), len(self.units))
+    def _unit(self, node: ICLNode, unit: Unit, runs: tuple[Run, ...], readings: Readings) -> int:
+        """The index of this unit: the one at hand if another target has the same node, reading the same, in the same place."""
+        known = self._known.setdefault((node, unit.start, runs, readings), len(self.units))
         if known == len(self.units):
             self.units.append(unit)
             self._runs.append(runs)
+            if readings:
+                self._readings[known] = readings
         return known
 
 
@@ -185,6 +190,11 @@ def build(
         for target in targets
     ]
     return program, parts
+
+
+def _read(visible: Visible, node: int, place: Sequence[int]) -> Readings:
+    """The readings of a node of one target's layout, over units."""
+    return tuple((_mapped(runs, place), reading) for runs, reading in visible.readings.get(node, ()))
 
 
 def _mapped(runs: Sequence[Run], place: Sequence[int]) -> tuple[Run, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from leattn.dag.gennode import GenNode, copied
 from leattn.dag.graph import ICLGraph
-from leattn.dag.node import ICLNode
+from leattn.dag.node import ICLNode, regrouped
 from leattn.prompt.compile import CompiledPrompt
 
 
@@ -21,7 +21,7 @@ def continued_graph(prompt: CompiledPrompt, written: Mapping[str, Sequence[int]]
         if ids:
             sink = graph[name]
             end = int(prompt.position_ids[0, prompt.spans[sink][1] - 1]) + 1
-            continuations.append(ICLNode(ids, [*prompt.sees(sink), sink], f"{name} (continued)", start_pos_id=end))
+            continuations.append(ICLNode(ids, [*prompt.parents(sink), sink], f"{name} (continued)", start_pos_id=end))
     return ICLGraph(*graph.sinks, *continuations)
 
 
@@ -34,10 +34,10 @@ def written_graph(graph: ICLGraph, headers: Mapping[str, Sequence[int]], written
     new: dict[ICLNode, ICLNode] = {}
     for node in graph.nodes:
         name = graph.names[node]
-        parents = [new[parent] for parent in node.parents]
+        parents = regrouped(node, new)
         if isinstance(node, GenNode) and name in written:
             new[node] = ICLNode([*headers[name], *written[name]], parents, name, start_pos_id=node.start_pos_id)
-        elif all(parent is old for parent, old in zip(parents, node.parents, strict=True)):
+        elif all(new[parent] is parent for parent in node.parents):
             new[node] = node
         else:
             new[node] = copied(node, parents, name)

@@ -263,7 +263,12 @@ class Session:
             if j not in self._keys:
                 start = self.start(j)
                 seen = [(self._keys[k], self.start(k) - start) for k in self.program.sees[j]]
-                self._keys[j] = node_key(self._fingerprint, self.ids[j], seen, None if self._shifts else start)
+                place = {k: i for i, k in enumerate(self.program.sees[j])}
+                groups = [
+                    ([place[k] for first, last in runs for k in range(first, last)], reading)
+                    for runs, reading in self.program.visible.readings.get(j, ())
+                ]
+                self._keys[j] = node_key(self._fingerprint, self.ids[j], seen, None if self._shifts else start, groups)
         return self._keys[i]
 
     def _load(self, loads: Sequence[tuple[int, NodeKV]]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from leattn.attention.around import Call
+from leattn.attention.reading import scaled_scores
 from leattn.errors import BackendError, LeattnError, choices
 from leattn.interventions.operation import Layers, Selection, Subject, checked_layers, checked_rows
 from leattn.interventions.where import Where, tokens_at
@@ -155,8 +156,4 @@ class ChangedScores:
 
 def raw_scores(call: Call) -> torch.Tensor:
     """Scaled scores of a call before mask and softmax, soft-capped where the model does so, ``[B, H, Q, K]``."""
-    rows, heads, length, size = call.query.shape
-    groups, keys = call.key.shape[1], call.key.shape[2]
-    query = call.query.reshape(rows, groups, heads // groups * length, size)
-    scores = (query @ call.key.transpose(2, 3)).reshape(rows, heads, length, keys) * call.scaling
-    return scores if call.softcap is None else call.softcap * torch.tanh(scores / call.softcap)
+    return scaled_scores(call.query, call.key, call.scaling, call.softcap)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from leattn.dag.reading import Reading
 from leattn.errors import LeattnError
 
 if TYPE_CHECKING:
@@ -18,7 +19,11 @@ if TYPE_CHECKING:
 KEY_BYTES = 32
 
 
-def node_key(fingerprint: bytes, ids: Any, seen: Sequence[tuple[bytes, int]], start: int | None) -> bytes:
+Groups: TypeAlias = Sequence[tuple[Sequence[int], Reading]]
+"""Groups of what a node sees, as indices into the list of that, and how each is read."""
+
+
+def node_key(fingerprint: bytes, ids: Any, seen: Sequence[tuple[bytes, int]], start: int | None, groups: Groups = ()) -> bytes:
     """The key of one node, 32 bytes.
 
     Parameters
@@ -32,6 +37,8 @@ def node_key(fingerprint: bytes, ids: Any, seen: Sequence[tuple[bytes, int]], st
         multiset: two equal siblings count twice.
     start
         The node's first position where its keys hold at that position only; None where they can be shifted.
+    groups
+        What of ``seen``, by index, the node reads in another way than as it is.
 
     Raises
     ------
@@ -52,7 +59,8 @@ def node_key(fingerprint: bytes, ids: Any, seen: Sequence[tuple[bytes, int]], st
             )
     ordered = sorted(seen)
     distances = np.array([distance for _, distance in ordered], dtype="<i8")
-    return _hash(fingerprint, np.asarray(ids, dtype="<i8"), b"".join(key for key, _ in ordered), distances, start)
+    read = [([seen[i] for i in members], reading) for members, reading in groups]
+    return _hash(fingerprint, np.asarray(ids, dtype="<i8"), b"".join(key for key, _ in ordered), distances, start, read)
 
 
 def prompt_keys(prompt: CompiledPrompt, fingerprint: bytes, *, shifting: bool) -> list[bytes]:
@@ -87,7 +95,11 @@ def prompt_keys(prompt: CompiledPrompt, fingerprint: bytes, *, shifting: bool) -
         seen = order[visible[order]]
         start = int(starts[i])
         tokens = ids[bounds[i] : bounds[i + 1]].astype("<i8")
-        key = _hash(fingerprint, tokens, known[seen].tobytes(), starts[seen] - start, None if shifting else start)
+        read = [
+            ([(keys[j], int(starts[j]) - start) for first, last in runs for j in range(first, last)], reading)
+            for runs, reading in prompt.visible.readings.get(i, ())
+        ]
+        key = _hash(fingerprint, tokens, known[seen].tobytes(), starts[seen] - start, None if shifting else start, read)
         keys.append(key)
         known[i] = np.frombuffer(key, np.uint8)
         entry = (key, start, i)
@@ -98,7 +110,12 @@ def prompt_keys(prompt: CompiledPrompt, fingerprint: bytes, *, shifting: bool) -
 
 
 def _hash(
-    fingerprint: bytes, ids: npt.NDArray[np.int64], keys: bytes, distances: npt.NDArray[np.int64], start: int | None
+    fingerprint: bytes,
+    ids: npt.NDArray[np.int64],
+    keys: bytes,
+    distances: npt.NDArray[np.int64],
+    start: int | None,
+    read: Sequence[tuple[list[tuple[bytes, int]], Reading]],
 ) -> bytes:
     """All lengths come before what they measure, so that no two inputs are written alike."""
     absolute = start is not None
@@ -106,4 +123,12 @@ def _hash(
     digest = hashlib.blake2b(head.tobytes(), digest_size=KEY_BYTES, person=b"leattn-kv-node")
     for part in (fingerprint, ids.tobytes(), keys, distances.tobytes()):
         digest.update(part)
+    if read:  # a node that reads everything as it is has the key that it always had
+        digest.update(repr(sorted((sorted(members), _spelled(reading)) for members, reading in read)).encode())
     return digest.digest()
+
+
+def _spelled(reading: Reading) -> str:
+    """A reading in words that are the same in every process."""
+    changed = reading.changed()
+    return repr([(name, value if isinstance(value, list) else float(value)) for name, value in sorted(changed.items())])

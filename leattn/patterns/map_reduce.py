@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from leattn.dag.gennode import GenNode, copied
 from leattn.dag.graph import ICLGraph
-from leattn.dag.node import ICLNode
+from leattn.dag.node import ICLNode, regrouped
 from leattn.errors import LeattnError, choices
 from leattn.generation.generate import generate
 from leattn.generation.result import Generation
@@ -118,11 +118,11 @@ def map_reduce(
     seen_with: dict[ICLNode, list[ICLNode]] = {}
     for i, document in enumerate(documents, 1):
         node = document if isinstance(document, ICLNode) else ICLNode(document, map.parents, f"document {i}")
-        outputs.append(copied(map, [*map.parents, node], f"{map.id or 'map'} {i}"))
+        outputs.append(copied(map, [*regrouped(map), node], f"{map.id or 'map'} {i}"))
         seen_with[outputs[-1]] = [node, outputs[-1]] if reduce_sees == "outputs and documents" else [outputs[-1]]
 
     def reducer(name: str, group: Sequence[GenNode]) -> GenNode:
-        parents = [*reduce.parents, *(seen for one in group for seen in seen_with.get(one, [one]))]
+        parents = [*regrouped(reduce), *(seen for one in group for seen in seen_with.get(one, [one]))]
         return copied(reduce, dict.fromkeys(parents), name)
 
     name = reduce.id or "reduce"

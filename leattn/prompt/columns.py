@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,20 +18,23 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from leattn.dag.reading import Reading
 from leattn.errors import BackendError
-from leattn.prompt.visible import Run, Visible, merge
+from leattn.prompt.visible import Readings, Run, Visible, merge
 
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
     """Queries in the columns ``start`` to ``stop``: all see the columns ``seen`` whole, and their stretch up to themselves.
 
-    ``seen`` is sorted, and no two of its intervals touch.
+    ``seen`` is sorted, and no two of its intervals touch. ``readings`` are groups of columns among those seen that are read in
+    another way than as they are.
     """
 
     start: int
     stop: int
     seen: tuple[Run, ...]
+    readings: Readings = ()
 
 
 class Row:
@@ -66,6 +69,7 @@ class Row:
         self._pieces: list[tuple[int, int, int]] = []  # start, stop, node: what was appended, in order of columns
         self._runs: dict[int, list[Run]] = {}  # the columns of appended nodes
         self._seen: dict[int, tuple[Run, ...]] = {}
+        self._readings: dict[int, Readings] = {}
 
     @property
     def padding(self) -> int:
@@ -104,7 +108,7 @@ class Row:
         pieces = sorted((start, stop, node) for node in nodes for start, stop in self._runs.get(node, ()))
         columns = columns_in([(start, stop) for start, stop, _ in pieces])
         positions = self._positions[columns]
-        self._pieces, self._runs, self._seen, self.length = [], {}, {}, 0
+        self._pieces, self._runs, self._seen, self._readings, self.length = [], {}, {}, {}, 0
         for start, stop, node in pieces:
             self.append(node, 0, stop - start)
         self._positions[: self.length] = positions
@@ -121,15 +125,27 @@ class Row:
     def seen(self, node: int) -> tuple[Run, ...]:
         """The columns that a node sees whole. They stay the same from its first token on."""
         if node not in self._seen:
-            laid_out = len(self.offsets) - 1
-            runs: list[Run] = []
-            for first, last in self.visible.runs[node]:
-                if first < laid_out:
-                    runs.append((self.offsets[first], self.offsets[min(last, laid_out)]))
-                for other in range(max(first, laid_out), last):
-                    runs += self._runs.get(other, ())
-            self._seen[node] = merge(runs)
+            self._seen[node] = self._columns(self.visible.runs[node])
         return self._seen[node]
+
+    def readings(self, node: int) -> Readings:
+        """The groups of columns that a node reads in another way. They, too, stay the same from its first token on."""
+        if node not in self.visible.readings:
+            return ()
+        if node not in self._readings:
+            self._readings[node] = tuple((self._columns(runs), how) for runs, how in self.visible.readings[node])
+        return self._readings[node]
+
+    def _columns(self, nodes: Sequence[Run]) -> tuple[Run, ...]:
+        """The columns of some nodes."""
+        laid_out = len(self.offsets) - 1
+        runs: list[Run] = []
+        for first, last in nodes:
+            if first < laid_out:
+                runs.append((self.offsets[first], self.offsets[min(last, laid_out)]))
+            for other in range(max(first, laid_out), last):
+                runs += self._runs.get(other, ())
+        return merge(runs)
 
     def stretches(self, queries: range) -> list[Stretch]:
         """Some columns as stretches that see the same keys, in order; columns of no node are in none of them."""
@@ -147,7 +163,7 @@ class Row:
             runs = self.visible.runs[i]
             if runs is not last_runs:  # siblings share what they see
                 last_runs, seen = runs, merge([(self.offsets[a], self.offsets[b]) for a, b in runs])
-            parts.append(Stretch(self.offsets[i], self.offsets[i + 1], seen))
+            parts.append(Stretch(self.offsets[i], self.offsets[i + 1], seen, self.readings(i)))
         return _fused(parts)
 
     def _appended(self, queries: range) -> Iterator[Stretch]:
@@ -159,7 +175,8 @@ class Row:
             begin, end = max(start, queries.start), min(stop, queries.stop)
             if begin < end:
                 earlier = [(a, min(b, begin)) for a, b in self._runs.get(node, [(start, stop)]) if a < begin]
-                yield Stretch(begin, end, merge([*self.seen(node), *earlier]) if earlier else self.seen(node))
+                seen = merge([*self.seen(node), *earlier]) if earlier else self.seen(node)
+                yield Stretch(begin, end, seen, self.readings(node))
 
     def nodes(self, width: int) -> npt.NDArray[np.int64]:
         """The node of each of ``width`` columns, ``[width]``; N where it is none's."""
@@ -204,6 +221,12 @@ class Columns:
     def is_plain(self) -> bool:
         """Whether this is what the model would do anyway: causal, unpadded, positions that count by one."""
         return self.width > 0 and not any(self.padding) and all(map(_is_plain, self.rows))
+
+    @cached_property
+    def readings(self) -> tuple[Reading, ...]:
+        """All ways in which something is read otherwise than as it is, each once."""
+        groups = (group for row in self.rows for groups in row.visible.readings.values() for group in groups)
+        return tuple(dict.fromkeys(reading for _, reading in groups))
 
     @cached_property
     def seen_bits(self) -> Tensor:
@@ -286,7 +309,7 @@ def clipped(stretches: Sequence[Stretch], queries: range) -> list[Stretch]:
             found.append(stretch)
         elif start < stop:
             seen = stretch.seen if start == stretch.start else merge([*stretch.seen, (stretch.start, start)])
-            found.append(Stretch(start, stop, seen))
+            found.append(replace(stretch, start=start, stop=stop, seen=seen))
     return found
 
 
@@ -294,7 +317,8 @@ def _fused(parts: Sequence[Stretch]) -> list[Stretch]:
     """Nodes that see each other as plain causal text would are one stretch, but for the first of several equal siblings."""
     fused: list[Stretch] = []
     for i, part in enumerate(parts):
-        if fused and part.seen and part.seen[-1][1] == part.start == fused[-1].stop and not _leads_siblings(parts, i):
+        as_they_are = fused and not part.readings and not fused[-1].readings
+        if as_they_are and part.seen and part.seen[-1][1] == part.start == fused[-1].stop and not _leads_siblings(parts, i):
             last = fused[-1]
             if part.seen == merge([*last.seen, (last.start, last.stop)]):
                 fused[-1] = Stretch(last.start, part.stop, last.seen)

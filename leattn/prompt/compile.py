@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -15,8 +15,9 @@ from torch.nn.attention.flex_attention import BlockMask
 from leattn.dag.gennode import GenNode
 from leattn.dag.graph import ICLGraph, as_graph
 from leattn.dag.node import ICLNode
+from leattn.dag.reading import Read, read
 from leattn.dag.tokens import tokenize_all
-from leattn.errors import CompileError, GraphError, LeattnError
+from leattn.errors import BackendError, CompileError, GraphError, LeattnError
 from leattn.prompt import masks
 from leattn.prompt.columns import Columns, Row, fill
 from leattn.prompt.positions import Positions, start_positions
@@ -96,18 +97,38 @@ class CompiledPrompt:
         return columns_of([self], self.input_ids.device)
 
     def dense_mask(self) -> Tensor:
-        """Boolean ``[S, S]``, rows are queries. The only thing here, with :meth:`additive_mask`, that takes S × S memory."""
+        """Boolean ``[S, S]``, rows are queries. The only thing here, with :meth:`additive_mask`, that takes S × S memory.
+
+        Who may attend, however it is read (:func:`leattn.read`); masks to run a model with refuse what they cannot carry.
+        """
         mask = torch.zeros(len(self), len(self), dtype=torch.bool)
         fill(mask, Row(self.visible, self.offsets).stretches(range(len(self))), 0)
         return mask.to(self.input_ids.device)
 
     def additive_mask(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """``[1, 1, S, S]``: 0 where a token may attend and the smallest number of ``dtype`` elsewhere."""
+        self.check_masks_say_all()
         return masks.additive(self.dense_mask(), dtype)[None, None]
+
+    def check_masks_say_all(self) -> None:
+        """Refuse what a mask cannot carry: a node that reads in another way than as it is.
+
+        Raises
+        ------
+        BackendError
+            Which node, and what to do.
+        """
+        if self.visible.readings:
+            name = self.graph.names[self.graph.nodes[next(iter(self.visible.readings))]]
+            raise BackendError(
+                f"node {name!r} reads some of what it sees in another way (leattn.read), which no mask can carry; run "
+                "the prompt with leattn.forward, leattn.generate or inside leattn.attend"
+            )
 
     @property
     def mask_mod(self) -> masks.MaskMod:
         """The mask as a function ``(b, h, q_idx, kv_idx)`` for flex_attention; the same for every row and head."""
+        self.check_masks_say_all()
         mask_mod = masks.column_mask_mod(self.columns, range(len(self)), len(self))
 
         def dag_mask(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -137,16 +158,52 @@ class CompiledPrompt:
         GraphError
             ``node`` does not see ``seen`` in the first place.
         """
+        return replace(self, visible=self.visible.without_edge(*self._check_edge(node, seen)))
+
+    def _check_edge(self, node: ICLNode | str, seen: ICLNode | str) -> tuple[int, int]:
+        """The layout indices of a node and of one that it sees."""
         row, column = self.graph.index[self.graph[node]], self.graph.index[self.graph[seen]]
         if not self.visible.sees(row, column):
-            raise GraphError(
-                f"{self.graph.name(node)!r} does not see {self.graph.name(seen)!r}, so there is no such edge to remove"
-            )
-        return replace(self, visible=self.visible.without_edge(row, column))
+            raise GraphError(f"{self.graph.name(node)!r} does not see {self.graph.name(seen)!r}, so there is no such edge")
+        return row, column
 
     def without_node(self, node: ICLNode | str) -> CompiledPrompt:
         """A copy in which nobody else sees ``node``; it stays in the layout, with its tokens and positions."""
         return replace(self, visible=self.visible.without_node(self.graph.index[self.graph[node]]))
+
+    def with_reading(
+        self,
+        node: ICLNode | str,
+        seen: ICLNode | str | Iterable[ICLNode | str],
+        *,
+        temperature: float = 1.0,
+        scale: float = 1.0,
+        log_weight: float = 0.0,
+        shift: float = 0,
+        layers: int | Collection[int] | None = None,
+        heads: int | Collection[int] | None = None,
+    ) -> CompiledPrompt:
+        """A copy in which ``node`` reads ``seen`` as one group, in the way of :func:`leattn.read`; with its defaults, as it is.
+
+        Raises
+        ------
+        GraphError
+            ``node`` does not see all of it, or :func:`leattn.read` refuses the numbers.
+        """
+        several = [seen] if isinstance(seen, ICLNode | str) else list(seen)
+        for one in several:
+            self._check_edge(node, one)
+        group = read(
+            [self.graph[one] for one in several],
+            temperature=temperature,
+            scale=scale,
+            log_weight=log_weight,
+            shift=shift,
+            layers=layers,
+            heads=heads,
+        )
+        row, columns = self.graph.index[self.graph[node]], [self.graph.index[one] for one in group.nodes]
+        return replace(self, visible=self.visible.with_reading(row, columns, group.reading))
 
     def continued(self, content: str | Iterable[int] | Tensor, id: str | None = None) -> CompiledPrompt:
         """A copy with one more node at the end, which sees the last one and what that one sees, edits included.
@@ -167,7 +224,7 @@ class CompiledPrompt:
             )
         last = self.graph.nodes[-1]
         end = int(self.position_ids[0, -1]) + 1
-        node = ICLNode(content, [*self.sees(last), last], id, start_pos_id=end)
+        node = ICLNode(content, [*self.parents(last), last], id, start_pos_id=end)
         ids = torch.as_tensor(tokenize_all([node], self.tokenizer)[0], device=self.input_ids.device)
         return replace(
             self,
@@ -185,6 +242,15 @@ class CompiledPrompt:
     def sees(self, node: ICLNode | str) -> tuple[ICLNode, ...]:
         """The nodes that ``node`` sees in this prompt, in layout order, itself not included."""
         return tuple(self.graph.nodes[i] for i in self.visible.nodes_seen(self.graph.index[self.graph[node]]))
+
+    def parents(self, node: ICLNode | str) -> list[ICLNode | Read]:
+        """What ``node`` sees in this prompt, as it reads it: parents for another node that is to do the same."""
+        index = self.graph.index[self.graph[node]]
+        groups = self.visible.readings.get(index, ())
+        members = [[self.graph.nodes[i] for first, last in runs for i in range(first, last)] for runs, _ in groups]
+        grouped = {one for each in members for one in each}
+        reads = [Read(tuple(each), reading) for each, (_, reading) in zip(members, groups, strict=True)]
+        return [*(one for one in self.sees(node) if one not in grouped), *reads]
 
     def decode(self, ids: Tensor) -> str:
         """The text of some token ids; the ids themselves in brackets if the prompt has no tokenizer."""

@@ -9,10 +9,15 @@ from leattn.prompt.visible import Visible
 MAX_NODES = 48
 """Prompts with more nodes show their first and last few, and no blocks."""
 EDGE_NODES = 12
+MARKS = "▣▤▥▦▧▨▩"
+"""Of groups that a node reads in another way, in turn."""
 
 
 def node_rows(names: Sequence[str], offsets: Sequence[int], starts: Sequence[int], visible: Visible) -> list[tuple[str, ...]]:
-    """Index, name, span, positions and blocks (■ sees, ⬚ does not) of each node; one cell for the nodes left out."""
+    """Index, name, span, positions and blocks of each node; one cell for the nodes left out.
+
+    ■ is seen, ⬚ is not; each group that is read in another way has a mark of its own, and behind the blocks stands which.
+    """
     count = len(names)
     small = count <= MAX_NODES
     rows: list[tuple[str, ...]] = []
@@ -21,7 +26,15 @@ def node_rows(names: Sequence[str], offsets: Sequence[int], starts: Sequence[int
             rows.append((f"… {count - 2 * EDGE_NODES} more nodes",))
         start, end = offsets[i], offsets[i + 1]
         seen = {i, *visible.nodes_seen(i)} if small else set()
-        blocks = "".join("■" if j in seen else "⬚" for j in range(count)) if small else ""
+        marks = {
+            j: MARKS[g % len(MARKS)]
+            for g, (runs, _) in enumerate(visible.readings.get(i, ()))
+            for first, last in runs
+            for j in range(first, last)
+        }
+        blocks = "".join(marks.get(j, "■") if j in seen else "⬚" for j in range(count)) if small else ""
+        for g, (_, reading) in enumerate(visible.readings.get(i, ())):
+            blocks += f"  {MARKS[g % len(MARKS)]} {reading}"
         name, positions = " ".join(names[i].split()) or "·", f"positions {starts[i]}:{starts[i] + end - start}"
         rows.append((str(i), name, f"tokens {start}:{end}", positions, blocks))
     return rows

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode, Prefix
+from leattn.dag.reading import Reading
 from leattn.errors import LeattnError, choices
 
 Visibility: TypeAlias = Literal["parents", "ancestors"]
@@ -19,15 +20,20 @@ Run: TypeAlias = tuple[int, int]
 """A half-open interval of indices into the layout."""
 
 
+Readings: TypeAlias = tuple[tuple[tuple[Run, ...], Reading], ...]
+"""Groups of what is seen, as runs like those of what is seen, and how each is read. No two of them meet."""
+
+
 @dataclass(frozen=True)
 class Visible:
-    """For every node of a layout, the nodes it sees, itself not included.
+    """For every node of a layout, the nodes it sees, itself not included, and how it reads them.
 
-    ``runs[i]`` is sorted and disjoint, and no two of its runs touch. Everything later (masks, plans, hashes, pictures) is
-    derived from it.
+    ``runs[i]`` is sorted and disjoint, and no two of its runs touch. ``readings`` has the nodes that read some of what they see
+    in another way than as it is. Everything later (masks, plans, hashes, pictures) is derived from it.
     """
 
     runs: tuple[tuple[Run, ...], ...]
+    readings: Mapping[int, Readings] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.runs)
@@ -42,21 +48,33 @@ class Visible:
 
     def without_edge(self, node: int, other: int) -> Visible:
         """A copy in which ``node`` no longer sees ``other``."""
-        return Visible((*self.runs[:node], _remove(self.runs[node], other), *self.runs[node + 1 :]))
+        runs = (*self.runs[:node], _remove(self.runs[node], other), *self.runs[node + 1 :])
+        return Visible(runs, _without(self.readings, [node], other))
 
     def without_node(self, other: int) -> Visible:
         """A copy in which nobody sees ``other``."""
-        return Visible(tuple(_remove(runs, other) for runs in self.runs))
+        return Visible(tuple(_remove(runs, other) for runs in self.runs), _without(self.readings, list(self.readings), other))
+
+    def with_reading(self, node: int, others: Sequence[int], reading: Reading) -> Visible:
+        """A copy in which ``node`` reads ``others``, which it sees, as one group, and in no other."""
+        readings = self.readings
+        for other in others:
+            readings = _without(readings, [node], other)
+        if reading.is_identity:
+            return Visible(self.runs, readings)
+        group = (merge([(other, other + 1) for other in others]), reading)
+        return Visible(self.runs, {**readings, node: (*readings.get(node, ()), group)})
 
     def continued(self) -> Visible:
-        """With one more node at the end: it sees the last one and what the last one sees."""
+        """With one more node at the end: it sees the last one and what the last one sees, and reads it as that one does."""
         last = len(self.runs) - 1
-        return Visible((*self.runs, merge([*self.runs[last], (last, last + 1)])))
+        readings = {**self.readings, last + 1: self.readings[last]} if last in self.readings else self.readings
+        return Visible((*self.runs, merge([*self.runs[last], (last, last + 1)])), readings)
 
     @property
     def is_causal(self) -> bool:
-        """Whether every node sees everything before it."""
-        return all(runs == (((0, i),) if i else ()) for i, runs in enumerate(self.runs))
+        """Whether every node sees everything before it, as it is."""
+        return not self.readings and all(runs == (((0, i),) if i else ()) for i, runs in enumerate(self.runs))
 
     def flat(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """All runs as arrays ``(node, start, stop)``, each ``[R]``."""
@@ -129,7 +147,12 @@ def visible_relation(graph: ICLGraph, visibility: Visibility) -> Visible:
             runs = _union(parents, (), graph, rows, visibility) if found is None else found
             shared[id(parents)] = runs
         rows.append(runs)
-    return Visible(tuple(rows))
+    return Visible(tuple(rows), {i: _readings(graph, node) for i, node in enumerate(graph.nodes) if node.readings})
+
+
+def _readings(graph: ICLGraph, node: ICLNode) -> Readings:
+    groups = (([(graph.index[one], graph.index[one] + 1) for one in group.nodes], group.reading) for group in node.readings)
+    return tuple((merge(runs), reading) for runs, reading in groups)
 
 
 def _union(
@@ -155,6 +178,17 @@ def _union(
 def _covers(runs: tuple[Run, ...], index: int) -> bool:
     at = bisect_right(runs, (index, np.iinfo(np.int64).max)) - 1
     return at >= 0 and runs[at][0] <= index < runs[at][1]
+
+
+def _without(readings: Mapping[int, Readings], nodes: Iterable[int], other: int) -> dict[int, Readings]:
+    """Readings after ``other`` left the groups of some nodes; groups without members, and nodes without groups, are gone."""
+    kept = dict(readings)
+    for node in [node for node in nodes if node in kept]:
+        groups = ((_remove(runs, other), reading) for runs, reading in kept.pop(node))
+        left = tuple((runs, reading) for runs, reading in groups if runs)
+        if left:
+            kept[node] = left
+    return kept
 
 
 def _remove(runs: tuple[Run, ...], index: int) -> tuple[Run, ...]:
