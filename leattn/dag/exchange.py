@@ -11,6 +11,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leattn.dag.builders import as_root
 from leattn.dag.gennode import GenNode
 from leattn.dag.node import ICLNode
 from leattn.errors import GraphError, LeattnError
@@ -48,9 +49,9 @@ def to_dict(nodes: Sequence[ICLNode], names: Mapping[ICLNode, str]) -> dict[str,
 def from_dict(data: Mapping[str, Any]) -> list[ICLNode]:
     if not isinstance(data, Mapping) or not isinstance(data.get("nodes"), Sequence) or isinstance(data["nodes"], str):
         raise GraphError("a prompt is a mapping with a list 'nodes', each with 'content' and optionally 'id' and 'parents'")
-    beside = [field for field in data if field != "nodes"]
+    beside = [field for field in data if field not in ("nodes", "root")]
     if beside:
-        raise GraphError(f"unknown field {beside[0]!r} beside 'nodes'")
+        raise GraphError(f"unknown field {beside[0]!r} beside 'nodes'; only 'root' is known there")
     records: dict[Hashable, dict[str, Any]] = {}
     parents: dict[Hashable, list[Hashable]] = {}
     for number, record in enumerate(data["nodes"]):
@@ -68,6 +69,13 @@ def from_dict(data: Mapping[str, Any]) -> list[ICLNode]:
         if isinstance(given, str) or not isinstance(given, Sequence):
             raise GraphError(f"'parents' of node {key!r} is a list of ids, not {given!r}")
         parents[key] = [str(parent) for parent in given]
+    for root in as_root(data.get("root")):
+        if "root" in records:
+            raise GraphError(
+                "id 'root' is given to a node, and the field 'root' makes a node of that name; rename one, or leave it out"
+            )
+        records = {"root": {"id": "root", "content": root.content}, **records}
+        parents = {key: seen if "root" in seen else ["root", *seen] for key, seen in parents.items()} | {"root": []}
     return _build(records, parents)
 
 
