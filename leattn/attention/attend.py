@@ -13,6 +13,7 @@ from leattn.attention.backends import automatic, named
 from leattn.attention.block import Block, follow, innermost, standing_needs
 from leattn.attention.probe import route
 from leattn.attention.request import Backend, MaskMode, Need, checked_mask
+from leattn.attention.roots import warn_of_roots
 from leattn.errors import BackendError, LeattnError, choices
 from leattn.model.record import Model
 from leattn.prompt.columns import Columns
@@ -71,6 +72,8 @@ def attend(
     True
     """
     attention = prepare(model, Model.of(model), prompts, backend=backend, mask=mask, mask_mode=mask_mode)
+    if not attention.replaces:
+        warn_of_roots(model, attention.record, attention.prompts)
     around = innermost(attention.record)
     enter = follow if around is None or around.reenter is None else around.reenter
     with enter(attention):

@@ -34,6 +34,8 @@ class Model:
     routes : dict
         Why a backend cannot run this model, or how it can (attention/probe.py); ``verdicts`` are what is kept of it on disk
         (attention/verdicts.py).
+    rooted : set
+        Variants of it of which nothing is left to say about first tokens (attention/roots.py).
     certificates, fingerprint
         Of its keys and values (kv/).
     blocks : list
@@ -47,6 +49,7 @@ class Model:
         self.lock = threading.RLock()
         self.routes: dict[Any, Any] = {}
         self.verdicts: dict[Any, Any] = {}
+        self.rooted: set[Any] = set()
         self.certificates: dict[Any, Any] = {}
         self.fingerprint: tuple[bytes, bytes] | None = None
         self.blocks: list[Any] = []
