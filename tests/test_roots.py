@@ -152,7 +152,7 @@ def test_it_is_measured_once_for_all_models_of_these_weights(monkeypatch):
 
 def test_a_model_that_cannot_be_looked_at_is_let_alone(monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(roots, "route", lambda *_: ("no eager", False))
+        patched.setattr(roots, "refusal", lambda *_: "no eager")
         assert told(lambda: leattn.forward(with_a_sink(), siblings())) == []
     model = with_a_sink()
     leattn.check_model(model)

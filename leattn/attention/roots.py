@@ -17,9 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from leattn.attention.backends import refusal
 from leattn.attention.block import Block, follow
 from leattn.attention.dense import EAGER
-from leattn.attention.probe import probing, raise_if_not_the_models, route
+from leattn.attention.probe import probing, raise_if_not_the_models
 from leattn.attention.request import LayerAttention, Request
 from leattn.attention.verdicts import verdicts
 from leattn.dag.node import ICLNode
@@ -103,8 +104,7 @@ def _share(model: Any, record: Model) -> float | None:
 
 def _measured(model: Any, record: Model) -> float | None:
     """One forward of a few random texts; without ``output_attentions``, which leaves hooks of transformers on a model."""
-    reason, native = route(model, record, EAGER)
-    if reason is not None or native:  # or it keeps its attention to itself
+    if refusal(EAGER, record) is not None:
         return None
     shares: list[float] = []
 
@@ -126,7 +126,7 @@ def _measured(model: Any, record: Model) -> float | None:
     try:
         with probing(model, record), follow(Block(record, model, columns, [replace(EAGER, attention=watched)])) as block:
             record.base(**block.inputs, use_cache=False)
-    except BackendError:  # another thread has the model on another implementation
+    except BackendError:  # it cannot run so, or another thread has it on another implementation
         return None
     except Exception as error:
         raise_if_not_the_models(error)
