@@ -6,8 +6,9 @@ import time
 
 import pytest
 import torch
+from templates import tokenizer_of
 
-from leattn import GraphError, ICLGraph, ICLNode, causal, chain, compile_prompt, parallel
+from leattn import CompileError, GraphError, ICLGraph, ICLNode, bos, causal, chain, compile_prompt, parallel
 from leattn.dag.node import Prefix
 
 
@@ -88,3 +89,63 @@ def test_ten_thousand_causal_nodes():
     assert isinstance(nodes[-1].parents, Prefix)
     assert all(node.parents.base is nodes[0].parents.base for node in nodes)
     assert seconds < 5, f"{seconds:.1f} s; 0.2 s when written, minutes if each node held its own parents"
+
+
+class TestRoot:
+    """Against the same graph with every parent written out."""
+
+    @staticmethod
+    def same(nodes, by_hand):
+        found, wanted = compile_prompt(nodes), compile_prompt(by_hand)
+        assert found.input_ids.tolist() == wanted.input_ids.tolist()
+        assert found.position_ids.tolist() == wanted.position_ids.tolist()
+        assert found.dense_mask().tolist() == wanted.dense_mask().tolist()
+
+    def test_every_node_of_a_chain_sees_it(self):
+        r, a, b = ICLNode([9, 8]), [1], [2]
+        one = ICLNode(a, [r])
+        two = ICLNode(b, [r, one])
+        nodes = chain([a, b, [3]], root=[9, 8])
+        self.same(nodes, [two, ICLNode([3], [r, two])])
+        assert len(nodes) == 3
+        assert nodes[0].parents[0].id == "root"
+
+    def test_siblings_and_their_question(self):
+        r = ICLNode([9])
+        by_hand = [ICLNode([1, 2], [r]), ICLNode([3], [r])]
+        root = ICLNode([9], id="first")
+        nodes = parallel([[1, 2], [3]], root=root)
+        assert all(list(node.parents) == [root] for node in nodes)
+        self.same(ICLNode([4], [root, *nodes]), ICLNode([4], [r, *by_hand]))
+
+    def test_a_causal_sequence_goes_on_from_it(self):
+        prompt = compile_prompt(causal([[1, 2], [3]], root=[9]))
+        assert prompt.input_ids.tolist() == [[9, 1, 2, 3]]
+        assert torch.equal(prompt.dense_mask(), torch.ones(4, 4, dtype=torch.bool).tril())
+        assert isinstance(causal([[1], [2]], root=[9])[1].parents, Prefix)
+
+    @pytest.mark.parametrize("build", [chain, parallel, causal])
+    def test_what_sees_something_already_does_not_see_it(self, build):
+        start = ICLNode([9])
+        assert mask(*build([[1], [2]], parents=[start], root=[5])) == mask(*build([[1], [2]], parents=[start]))
+        assert build([], root=[5]) == []
+
+    @pytest.mark.parametrize("build", [chain, parallel, causal])
+    def test_the_bos_of_a_tokenizer(self, build):
+        tokenizer = tokenizer_of("llama3")
+        begin = bos(tokenizer)
+        for root in (begin, "<|begin_of_text|>", [tokenizer.bos_token_id]):
+            ids = compile_prompt(build(["Hello"], root=root), tokenizer).input_ids[0].tolist()
+            assert ids == tokenizer("<|begin_of_text|>Hello", add_special_tokens=False)["input_ids"]
+        assert build(["Hello"], root=begin)[0].parents[0] is begin
+
+    @pytest.mark.parametrize("build", [chain, parallel, causal])
+    def test_what_is_no_root(self, build):
+        with pytest.raises(
+            GraphError, match=r"root='bos' needs a tokenizer.*give leattn\.bos\(tokenizer\), or what the token is"
+        ):
+            build(["x"], root="bos")
+        with pytest.raises(GraphError, match="the root 'b' sees 'a', and a root sees nothing; give the first node itself"):
+            build(["x"], root=ICLNode("b", [ICLNode("a", id="a")], id="b"))
+        with pytest.raises(CompileError, match=r"node 'root' has no content"):
+            build(["x"], root="")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from templates import CHATML, CONTROL, FAMILIES, FORGETFUL, SHOUTING, STUTTERING, Family, make_tokenizer, tokenizer_of
 
-from leattn import CompiledPrompt, GraphError, ICLGraph, compile_prompt, from_chat
+from leattn import CompiledPrompt, GraphError, ICLGraph, ICLNode, bos, compile_prompt, from_chat
 
 MAIN = ["llama3", "qwen", "mistral", "llama2", "gemma", "chatml", "thinking"]
 
@@ -388,3 +388,98 @@ def test_errors_of_options_and_tokenizers():
 
     with pytest.raises(GraphError, match="Slow is a slow tokenizer, which does not say where its tokens stand; load the fast"):
         from_chat(Slow(), [user("a")])
+
+
+class TestDocuments:
+    MESSAGES = (user("Which city?"),)
+
+    @pytest.mark.parametrize("name", MAIN)
+    @pytest.mark.parametrize("text", ["Lumo.", " river </s>", "<|im_start|>x", "a"])
+    def test_text_in_a_template_is_one_text(self, name, text):
+        """As the document that somebody framed by hand."""
+        tokenizer = tokenizer_of(name)
+        framed = from_chat(tokenizer, self.MESSAGES, [text, text], document_template="Document [{i}] {text}\n")
+        by_hand = from_chat(tokenizer, self.MESSAGES, [f"Document [1] {text}\n", f"Document [2] {text}\n"])
+        assert framed.to_dict() == by_hand.to_dict()
+        assert compile_prompt(framed, tokenizer).input_ids.tolist() == compile_prompt(by_hand, tokenizer).input_ids.tolist()
+
+    def test_a_function_and_a_separator(self):
+        tokenizer = tokenizer_of("llama3")
+        by_hand = from_chat(tokenizer, self.MESSAGES, ["1: Lumo.\n\n", "2: Vex.\n\n"])
+        for template in (lambda i, text: f"{i}: {text}", "{i}: {text}"):
+            found = from_chat(
+                tokenizer, self.MESSAGES, ["Lumo.", "Vex."], document_template=template, document_separator="\n\n"
+            )
+            assert found.to_dict() == by_hand.to_dict()
+        assert (
+            from_chat(tokenizer, self.MESSAGES, document_separator="\n").to_dict()
+            == from_chat(tokenizer, self.MESSAGES).to_dict()
+        )
+
+    def test_token_ids_stand_in_a_template_as_they_are(self):
+        tokenizer = tokenizer_of("llama3")
+
+        def ids(text):
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        given = [ids("Lumo."), torch.tensor(ids("Vex."))]
+        graph = from_chat(tokenizer, self.MESSAGES, given, document_template="[{i:02}] {text}!", document_separator="\n")
+        assert graph["document 1"].content == (*ids("[01] "), *ids("Lumo."), *ids("!\n"))
+        assert graph["document 2"].content == (*ids("[02] "), *ids("Vex."), *ids("!\n"))
+        graph = from_chat(tokenizer, self.MESSAGES, ["Lumo.", [5, 6]], document_separator=[7])
+        assert [graph[f"document {i}"].content for i in (1, 2)] == [(*ids("Lumo."), 7), (5, 6, 7)]
+        graph = from_chat(tokenizer, self.MESSAGES, [[5, 6]], document_template=lambda i, found: [i, *found])
+        assert graph["document 1"].content == (1, 5, 6)
+
+    def test_control_tokens_of_a_frame_stay_text(self):
+        tokenizer = tokenizer_of("llama3")
+        graph = from_chat(tokenizer, self.MESSAGES, [[5], "x"], document_template="<|eot_id|>{text}")
+        for name in ("document 1", "document 2"):
+            assert tokenizer.convert_tokens_to_ids("<|eot_id|>") not in graph[name].tokenize(tokenizer).tolist()
+
+    def test_names(self):
+        tokenizer = tokenizer_of("llama3")
+        graph = from_chat(tokenizer, self.MESSAGES, ["Lumo.", "Vex."], document_ids=["atlas", None])
+        assert list(graph.names.values()) == ["user header", "atlas", "document 2", "user"]
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"document_template": "Document"}, r"'Document' lacks {text}, or has it twice; it holds {text} once, and {i}"),
+            ({"document_template": "{text} {text}"}, r"lacks {text}, or has it twice"),
+            ({"document_template": "{text} {title}"}, r"has the field {title}; it holds {text} once"),
+            ({"document_template": "{} {text}"}, r"has the field {}; it holds"),
+            ({"document_template": "{text} }"}, r"is no format string: .*; write {{ for a brace"),
+            ({"document_ids": ["a"]}, "1 document_ids are given for 2 documents; give one per document, or None"),
+            ({"document_ids": "ab"}, "document_ids is a list with one name per document, not the single text 'ab'"),
+            ({"document_ids": ["a", "a"]}, "id 'a' is given to two nodes"),
+        ],
+    )
+    def test_what_is_refused(self, options, words):
+        with pytest.raises(GraphError, match=words):
+            from_chat(tokenizer_of("llama3"), self.MESSAGES, ["Lumo.", "Vex."], **options)
+
+
+NO_HEADER = "{% for message in messages %}{{ message.content }}{% endfor %}"
+
+
+def test_documents_behind_a_root_where_a_template_writes_nothing_before_them():
+    tokenizer = make_tokenizer(Family(NO_HEADER, ("<s>",), bos="<s>"))
+    bare = from_chat(tokenizer, [user("Which city?")], ["Lumo.", "Vex."])
+    assert [len(bare.parents(f"document {i}")) for i in (1, 2)] == [0, 0]
+    for root in ("bos", "<s>", [tokenizer.bos_token_id], bos(tokenizer)):
+        prompt = compile_prompt(from_chat(tokenizer, [user("Which city?")], ["Lumo.", "Vex."], root=root), tokenizer)
+        first = ICLNode([tokenizer.bos_token_id])
+        documents = [ICLNode(text, [first]) for text in ("Lumo.", "Vex.")]
+        by_hand = compile_prompt(ICLNode("Which city?", [first, *documents]), tokenizer)
+        assert prompt.input_ids.tolist() == by_hand.input_ids.tolist()
+        assert prompt.position_ids.tolist() == by_hand.position_ids.tolist()
+        assert prompt.dense_mask().tolist() == by_hand.dense_mask().tolist()
+
+
+def test_a_root_in_front_of_a_whole_conversation():
+    tokenizer = tokenizer_of("chatml")
+    prompt = compile_prompt(from_chat(tokenizer, TURNS, root="Hello"), tokenizer)
+    ids = tokenizer("Hello", add_special_tokens=False)["input_ids"]
+    assert prompt.input_ids[0].tolist() == ids + template_ids(tokenizer, TURNS)
+    assert prompt.visible.is_causal

@@ -259,3 +259,47 @@ def test_writing_through_a_link_keeps_the_link(graph, tmp_path):
     graph.to_file(tmp_path / "link.yaml")
     assert (tmp_path / "link.yaml").is_symlink()
     assert described(ICLGraph.from_file(tmp_path / "real.yaml")) == described(graph)
+
+
+def test_every_node_of_a_file_sees_its_root(tmp_path, words):
+    first = ICLNode("one two", id="root")
+    a, b = ICLNode("three", [first], id="a"), ICLNode("four five", [first], id="b")
+    wanted = compile_prompt(ICLNode("six", [first, a, b], id="Q"), words)
+    nodes = [{"id": "Q", "content": "six", "parents": ["a", "b"]}, {"id": "a", "content": "three"}]
+    nodes += [{"id": "b", "content": "four five", "parents": ["root"]}]
+    for name in ("prompt.yaml", "prompt.json"):
+        for root in ("one two", words("one two")["input_ids"]):
+            exchange.write({"root": root, "nodes": nodes}, tmp_path / name)
+            graph = ICLGraph.from_file(tmp_path / name)
+            prompt = compile_prompt(graph, words)
+            assert list(graph.names.values()) == ["root", "a", "b", "Q"]
+            assert prompt.input_ids.tolist() == wanted.input_ids.tolist()
+            assert prompt.position_ids.tolist() == wanted.position_ids.tolist()
+            assert prompt.dense_mask().tolist() == wanted.dense_mask().tolist()
+    assert described(ICLGraph.from_dict(graph.to_dict())) == described(graph)
+
+
+def test_a_root_and_nodes_without_names():
+    graph = ICLGraph.from_dict({"root": [5], "nodes": [{"content": "a"}, {"content": "b"}]})
+    assert [list(map(graph.name, graph.parents(node))) for node in graph] == [[], ["root"], ["root"]]
+    without = ICLGraph.from_dict({"root": None, "nodes": [{"content": "a"}]})
+    assert list(without.names.values()) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("root", "error", "words"),
+    [
+        ("bos", GraphError, "root='bos' needs a tokenizer"),
+        (7, CompileError, "the content of a node is text or token ids, not 7"),
+        ("", CompileError, "node 'root' has no content"),
+        ({"content": "x"}, CompileError, "the content of a node is text or token ids"),
+    ],
+)
+def test_what_is_no_root(root, error, words):
+    with pytest.raises(error, match=words):
+        ICLGraph.from_dict({"root": root, "nodes": [{"content": "a"}]})
+
+
+def test_the_name_of_the_root_is_taken():
+    with pytest.raises(GraphError, match="id 'root' is given to a node, and the field 'root' makes a node of that name"):
+        ICLGraph.from_dict({"root": "x", "nodes": [{"id": "root", "content": "a"}]})

@@ -199,3 +199,41 @@ def test_it_is_an_ordinary_graph():
     graph = paraphrase_group("c", ["one", "two"], pattern="anchor")
     again = ICLGraph.from_dict(graph.to_dict())
     assert again.to_dict() == graph.to_dict()
+
+
+@pytest.mark.parametrize("contexts", [[], ["The sky."], ["The sky.", "The sea."]])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_node_sees_the_root(pattern, contexts):
+    """The reference of the texts after it, with a column before them that everyone sees."""
+    layout = [(-1, -1, 1) for _ in contexts] + [(0, i, 1) for i in range(3)] + [(-1, -1, 1)]
+    owner = list(range(len(layout)))
+    inner = reference(owner, [group for group, _, _ in layout], [index for _, index, _ in layout], pattern)
+    wanted = [[True] + [False] * len(owner)] + [[True, *row] for row in inner]
+    given = [[5 + i] for i in range(len(contexts))]
+    questions = [[1], [2], [3]]
+    graph = paraphrase_group(given, questions, pattern=pattern, answer=[4], root=[9])
+    prompt = compile_prompt(graph)
+    assert prompt.dense_mask().tolist() == wanted
+    assert prompt.input_ids[0].tolist() == [9, *(i for one in [*given, *questions] for i in one), 4]
+    assert next(iter(graph.names.values())) == "root"
+    plain = compile_prompt(paraphrase_group(given, questions, pattern=pattern, answer=[4]))
+    assert prompt.position_ids[0, 1:].tolist() == [position + 1 for position in plain.position_ids[0].tolist()]
+
+
+def test_a_root_that_the_context_sees_already():
+    root = ICLNode([9], id="r")
+    document = ICLNode([8], [root], id="doc")
+    graph = paraphrase_group([document, [7]], [[1], [2]], pattern="isolated", answer=[3], root=root)
+    parents = {graph.name(node): [graph.name(parent) for parent in graph.parents(node)] for node in graph}
+    assert parents == {
+        "r": [],
+        "doc": ["r"],
+        "context": ["r", "doc"],
+        "Q1": ["r"],
+        "Q2": ["r"],
+        "answer": ["r", "doc", "context", "Q1", "Q2"],
+    }
+    assert paraphrase_group(root, [[1]], pattern="isolated", root=root).parents("Q1") == (root,)
+    for other in ([9], ICLNode([9], id="other")):
+        with pytest.raises(GraphError, match=r"node 'r' of the context sees nothing.*build it with parents=\[root\]"):
+            paraphrase_group(document, [[1]], pattern="isolated", root=other)

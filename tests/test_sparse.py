@@ -181,7 +181,9 @@ def test_nothing_of_size_s_by_s_is_made():
 
 def of_stretches(stretches):
     """What a growing sequence would ask for: one row, and any stretches."""
-    return SimpleNamespace(width=stretches[-1].stop, readings=(), repeats=lambda rows: rows, stretches=lambda queries: [stretches])
+    return SimpleNamespace(
+        width=stretches[-1].stop, readings=(), repeats=lambda rows: rows, stretches=lambda queries: [stretches]
+    )
 
 
 def by_hand(stretches, first, stop):

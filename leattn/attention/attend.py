@@ -11,6 +11,7 @@ from torch import Tensor
 from leattn.attention.block import Block, follow, innermost
 from leattn.attention.choose import chosen
 from leattn.attention.request import Backend, MaskMode, checked_mask
+from leattn.attention.roots import warn_of_roots
 from leattn.attention.turning import check_readings, key_turns
 from leattn.errors import LeattnError, choices
 from leattn.model.record import Model
@@ -70,6 +71,8 @@ def attend(
     True
     """
     attention = prepare(model, Model.of(model), prompts, backend=backend, mask=mask, mask_mode=mask_mode)
+    if not attention.replaces:
+        warn_of_roots(model, attention.record, attention.prompts)
     around = innermost(attention.record)
     enter = follow if around is None or around.reenter is None else around.reenter
     with enter(attention):

@@ -11,6 +11,7 @@ import torch
 from leattn.attention.backends import BACKENDS
 from leattn.attention.probe import route
 from leattn.attention.request import Backend, Request
+from leattn.attention.roots import warn_of_roots
 from leattn.errors import BackendError
 from leattn.model.facts import Facts
 from leattn.model.record import Model
@@ -109,4 +110,6 @@ def model_inputs(model: Any, prompts: CompiledPrompt | Sequence[CompiledPrompt])
     (['attention_mask', 'input_ids', 'position_ids'], torch.bool)
     """
     several = [prompts] if isinstance(prompts, CompiledPrompt) else list(prompts)
-    return input_form(model).inputs(several, Model.of(model).device)
+    form, record = input_form(model), Model.of(model)
+    warn_of_roots(model, record, several)
+    return form.inputs(several, record.device)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
-from leattn.dag.node import ICLNode, Prefix, as_parents
+from leattn.dag.node import ICLNode, Prefix, as_parents, bos
 from leattn.dag.reading import Read
 from leattn.errors import GraphError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Content: TypeAlias = str | Sequence[int] | torch.Tensor
 """What a node holds: text, or token ids (a sequence or a 1-D tensor)."""
+Root: TypeAlias = Content | ICLNode
+"""A first node: text, token ids, or a node that sees nothing, as :func:`leattn.bos` makes it."""
 SpecialTokens: TypeAlias = Literal["parse", "text"]
 
 
@@ -22,6 +27,7 @@ def chain(
     parents: Iterable[ICLNode | Read] = (),
     ids: Sequence[str | None] | None = None,
     special_tokens: SpecialTokens = "parse",
+    root: Root | None = None,
 ) -> list[ICLNode]:
     """Nodes of which each sees the one before; the first sees ``parents``.
 
@@ -35,16 +41,19 @@ def chain(
         One name per node (None: the graph names it).
     special_tokens
         As for :class:`ICLNode`, for all nodes.
+    root
+        For nodes that would see nothing, as there are no ``parents``: a node in front of all, which every node sees. Text (with
+        the id ``"root"``), token ids, or a node; the BOS is ``leattn.bos(tokenizer)``. Not used where there are parents.
 
     Returns
     -------
     list of ICLNode
-        In the order of ``contents``.
+        In the order of ``contents``, without the root.
 
     Raises
     ------
     GraphError
-        A single text for ``contents``, or another number of ids than of contents.
+        A single text for ``contents``, another number of ids than of contents, or a root that sees something.
 
     Examples
     --------
@@ -53,10 +62,17 @@ def chain(
     └── last
         └── then
             └── first
+
+    Notes
+    -----
+    Many models put most of their attention on the first token of a text, and need it in sight: see docs/roots.md.
     """
     nodes: list[ICLNode] = []
+    given, first = as_parents(parents), as_root(root)
+    kept = () if given else first
     for content, name in _named(contents, ids):
-        nodes.append(ICLNode(content, nodes[-1:] or parents, name, special_tokens=special_tokens))
+        seen = [*kept, nodes[-1]] if nodes else given or first
+        nodes.append(ICLNode(content, seen, name, special_tokens=special_tokens))
     return nodes
 
 
@@ -66,6 +82,7 @@ def parallel(
     *,
     ids: Sequence[str | None] | None = None,
     special_tokens: SpecialTokens = "parse",
+    root: Root | None = None,
 ) -> list[ICLNode]:
     """Siblings: each sees ``parents`` and none of the others.
 
@@ -81,8 +98,20 @@ def parallel(
         │   └── start
         └── two
             └── start
+
+    The question sees the root too; without it, it would lose sight of the first token:
+
+    >>> root = ICLNode([1], id="BOS")
+    >>> docs = parallel(["one", "two"], root=root)
+    >>> print(ICLGraph(ICLNode("Q", [root, *docs])))
+    └── Q
+        ├── BOS
+        ├── one
+        │   └── BOS
+        └── two
+            └── BOS
     """
-    shared = as_parents(parents)
+    shared = _seen(parents, root)
     return [ICLNode(content, shared, name, special_tokens=special_tokens) for content, name in _named(contents, ids)]
 
 
@@ -92,6 +121,7 @@ def causal(
     *,
     ids: Sequence[str | None] | None = None,
     special_tokens: SpecialTokens = "parse",
+    root: Root | None = None,
 ) -> list[ICLNode]:
     """Nodes of which each sees ``parents`` and all nodes before it: a plain prompt, cut into chunks.
 
@@ -107,12 +137,41 @@ def causal(
       1  b  tokens 2:3  positions 2:3  ■■⬚
       2  c  tokens 3:4  positions 3:4  ■■■
     """
-    given = as_parents(parents)
+    given = _seen(parents, root)
     before, readings = list(given), getattr(given, "readings", ())
     first = len(before)
     for content, name in _named(contents, ids):
         before.append(ICLNode(content, Prefix(before, len(before), readings), name, special_tokens=special_tokens))
     return before[first:]
+
+
+def as_root(root: Root | None, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[ICLNode, ...]:
+    """A root as a node, with the id ``"root"`` if it is text or token ids; nothing for None.
+
+    Raises
+    ------
+    GraphError
+        A node that sees something: whoever sees it would not see its parents. ``"bos"`` without a tokenizer that has it.
+    """
+    if root is None:
+        return ()
+    if isinstance(root, str) and root == "bos":
+        if tokenizer is None:
+            raise GraphError(
+                "root='bos' needs a tokenizer, which is not at hand here; give leattn.bos(tokenizer), or what the token is "
+                "written as, such as '<s>'"
+            )
+        return (bos(tokenizer),)
+    if not isinstance(root, ICLNode):
+        return (ICLNode(root, id="root"),)
+    if root.parents:
+        raise GraphError(f"the root {root} sees {root.parents[0]}, and a root sees nothing; give the first node itself")
+    return (root,)
+
+
+def _seen(parents: Iterable[ICLNode], root: Root | None) -> Sequence[ICLNode]:
+    first = as_root(root)
+    return as_parents(parents) or first
 
 
 def _named(contents: Iterable[Content], ids: Sequence[str | None] | None) -> Iterator[tuple[Content, str | None]]:

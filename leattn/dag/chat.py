@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from leattn.dag.builders import Content
+from leattn.dag.builders import Content, Root, as_root
+from leattn.dag.documents import DocumentTemplate, documents_of
 from leattn.dag.gennode import GenNode
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode, Prefix
@@ -37,6 +38,10 @@ def from_chat(
     messages: Sequence[Message],
     documents: Sequence[Content] = (),
     *,
+    document_template: DocumentTemplate | None = None,
+    document_separator: Content = "",
+    document_ids: Sequence[str | None] | None = None,
+    root: Root | None = None,
     add_generation_prompt: bool | None = None,
     **template_options: Any,
 ) -> ICLGraph:
@@ -58,6 +63,17 @@ def from_chat(
         Texts or token ids. They stand in the last user turn, right before the user's text, and are tokenized each by itself.
         Each sees what stands before it, its turn's header included, and no other document; the user's text, and all that
         follows, sees every one. Nothing in the text of a document becomes a control token.
+    document_template
+        How each is written: a format string with ``{text}`` and, if wanted, its number ``{i}``, from 1; or a function of number
+        and document, which returns text or token ids. Text around text is tokenized with it, as text too; text around token
+        ids by itself. A number makes a document another one in another place, for what is stored of it too.
+    document_separator
+        Text or token ids that end every document, the last one too, so that no place among them is special.
+    document_ids
+        Their names in the graph; without one, ``"document 1"``, ….
+    root
+        A node in front of the conversation, which every node sees: text, token ids, a node, or ``"bos"``. For templates that
+        write nothing before the documents; most write a BOS or a header there, which is a root already.
     add_generation_prompt
         Whether the header of an answer ends the prompt. By default, if the last message is from the user or a tool, or is
         to be written.
@@ -68,14 +84,16 @@ def from_chat(
     -------
     ICLGraph
         With a role as id (``"system"``), numbered if several messages have it (``"user 1"``, ``"user 2"``), and
-        ``"document 1"``, …. With documents, the header of the last user turn is a node of its own (``"user header"``).
+        ``"document 1"``, …, and ``"root"``. With documents, the header of the last user turn is a node of its own
+        (``"user header"``).
 
     Raises
     ------
     GraphError
         A slow tokenizer, no chat template, a conversation that the template refuses, a message whose text it drops, repeats
         or changes by more than leaving out a part or writing it as JSON, documents without a user message. A turn to be
-        written that others follow, if the template does not show it after the very text that asks for it.
+        written that others follow, if the template does not show it after the very text that asks for it. A template of
+        documents that does not hold ``{text}`` once, or another number of their ids than of documents.
 
     Examples
     --------
@@ -87,6 +105,13 @@ def from_chat(
     ['user header', 'document 1', 'document 2']
     >>> compile_prompt(graph, tokenizer)["document 2"].text
     'Vex.'
+
+    Documents in a frame of one's own:
+
+    >>> cities = {"document_template": "[{i}] {text}", "document_separator": "\\n"}
+    >>> graph = from_chat(tokenizer, [{"role": "user", "content": "Which city?"}], ["Lumo.", "Vex."], **cities)
+    >>> graph["document 2"].content
+    '[2] Vex.\\n'
 
     An answer that the model writes, and a question about it:
 
@@ -140,7 +165,8 @@ def from_chat(
     if documents and asker is not None and asker not in places:
         raise GraphError(f"the template shows no text of {which(checked, asker)}, so documents have no place; give it some")
     names = _names(checked)
-    nodes: list[ICLNode] = []
+    framed = documents_of(tokenizer, documents, document_template, document_separator, document_ids)
+    nodes: list[ICLNode] = list(as_root(root, tokenizer))
 
     def add(token_ids: Sequence[int], name: str) -> None:
         nodes.append(ICLNode(token_ids, Prefix(nodes, len(nodes)), name))
@@ -151,8 +177,8 @@ def from_chat(
             if start < text_start:
                 add(ids[start:text_start], f"{names[i]} header")
             before = Prefix(nodes, len(nodes))
-            for number, document in enumerate(documents, 1):
-                nodes.append(ICLNode(document, before, f"document {number}", special_tokens="text"))
+            for document, name in framed:
+                nodes.append(ICLNode(document, before, name, special_tokens="text"))
             start = text_start
         if i in gaps:
             written = int(np.searchsorted(token_starts, gaps[i][0]))

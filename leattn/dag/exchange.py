@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from leattn.dag.builders import as_root
 from leattn.dag.gennode import GenNode
 from leattn.dag.node import ICLNode, regrouped
 from leattn.dag.reading import Read, Reading
@@ -61,9 +62,9 @@ def _parents(node: ICLNode, names: Mapping[ICLNode, str]) -> list[Any]:
 def from_dict(data: Mapping[str, Any]) -> list[ICLNode]:
     if not isinstance(data, Mapping) or not isinstance(data.get("nodes"), Sequence) or isinstance(data["nodes"], str):
         raise GraphError("a prompt is a mapping with a list 'nodes', each with 'content' and optionally 'id' and 'parents'")
-    beside = [field for field in data if field != "nodes"]
+    beside = [field for field in data if field not in ("nodes", "root")]
     if beside:
-        raise GraphError(f"unknown field {beside[0]!r} beside 'nodes'")
+        raise GraphError(f"unknown field {beside[0]!r} beside 'nodes'; only 'root' is known there")
     records: dict[Hashable, dict[str, Any]] = {}
     parents: dict[Hashable, list[Hashable]] = {}
     groups: dict[Hashable, list[Group]] = {}
@@ -84,6 +85,14 @@ def from_dict(data: Mapping[str, Any]) -> list[ICLNode]:
         groups[key] = [_group(key, parent) for parent in given if isinstance(parent, Mapping)]
         alone = [str(parent) for parent in given if not isinstance(parent, Mapping)]
         parents[key] = [*alone, *(name for names, _ in groups[key] for name in names)]
+    for root in as_root(data.get("root")):
+        if "root" in records:
+            raise GraphError(
+                "id 'root' is given to a node, and the field 'root' makes a node of that name; rename one, or leave it out"
+            )
+        records = {"root": {"id": "root", "content": root.content}, **records}
+        parents = {key: seen if "root" in seen else ["root", *seen] for key, seen in parents.items()} | {"root": []}
+        groups["root"] = []
     return _build(records, parents, groups)
 
 

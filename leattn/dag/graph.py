@@ -139,6 +139,9 @@ class ICLGraph:
     def from_dict(cls, data: Mapping[str, Any]) -> ICLGraph:
         """The graph of :meth:`to_dict`'s data. Nodes may come in any order; among equals the order of the data counts.
 
+        A field ``root`` beside ``nodes``, text or token ids, makes a first node of that name, which every other node sees,
+        whether it says so or not. ``"<s>"``, or what a tokenizer calls its BOS, makes it that token.
+
         Raises
         ------
         GraphError

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from leattn.dag.builders import Content, causal, parallel
+from leattn.dag.builders import Content, Root, as_root, causal, parallel
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode, Prefix
 from leattn.dag.segments import Segment, TokenIds, as_segments, as_tokens, build, in_text_order
@@ -23,6 +23,7 @@ def paraphrase_group(
     *,
     pattern: Pattern,
     answer: Content = "\nAnswer:",
+    root: Root | None = None,
 ) -> ICLGraph:
     """A context, several phrasings of one question, and an answer that sees them all.
 
@@ -39,18 +40,24 @@ def paraphrase_group(
         context. ``"isolated"``: nothing. ``"causal"``: everything before it.
     answer
         What follows the questions. It sees everything.
+    root
+        A node in front of all, which every node sees, whatever the pattern: text, token ids, or a node; the BOS is
+        ``leattn.bos(tokenizer)``. Without it, questions of ``"anchor"`` and ``"isolated"`` see nothing, which many models take
+        badly (docs/roots.md).
 
     Returns
     -------
     ICLGraph
-        With the ids ``"context"`` (``"context 1"``, … for several texts), ``"Q1"``, ``"Q2"``, …, ``"answer"``.
+        With the ids ``"root"`` (of text or token ids), ``"context"`` (``"context 1"``, … for several texts), ``"Q1"``,
+        ``"Q2"``, …, ``"answer"``.
 
     Raises
     ------
     LeattnError
         An unknown pattern.
     GraphError
-        A single text for ``questions``, or a node after a text in ``context``.
+        A single text for ``questions``, a node after a text in ``context``, or a node there that sees nothing and is not the
+        root.
 
     Examples
     --------
@@ -72,7 +79,8 @@ def paraphrase_group(
     ``positions="sequential"`` counts as the published recipe does.
     """
     _check(pattern)
-    nodes = _context(context)
+    first = as_root(root)
+    nodes = _context(context, first)
     if isinstance(questions, str):
         raise GraphError(f"questions is a list of texts, not the single text {questions[:40]!r}; put it in a list")
     listed = list(questions)
@@ -80,10 +88,10 @@ def paraphrase_group(
     if pattern == "causal":
         asked = causal(listed, nodes, ids=ids)
     elif pattern == "anchor":
-        asked = parallel(listed[:1], ids=ids[:1])
-        asked += parallel(listed[1:], asked[:1], ids=ids[1:])
+        asked = parallel(listed[:1], first, ids=ids[:1])
+        asked += parallel(listed[1:], [*first, *asked[:1]], ids=ids[1:])
     else:
-        asked = parallel(listed, nodes if pattern == "shared" else (), ids=ids)
+        asked = parallel(listed, nodes if pattern == "shared" else first, ids=ids)
     return ICLGraph(ICLNode(answer, [*nodes, *asked], "answer"))
 
 
@@ -170,8 +178,8 @@ def _check(pattern: str) -> None:
         raise LeattnError(choices("pattern", pattern, PATTERNS))
 
 
-def _context(context: Any) -> Sequence[ICLNode]:
-    """The context's nodes, ancestors included, in layout order."""
+def _context(context: Any, root: Sequence[ICLNode]) -> Sequence[ICLNode]:
+    """The root, if there is one, and the context's nodes, ancestors included, in layout order."""
     items = [context] if isinstance(context, str | ICLNode | torch.Tensor) else list(context)
     if items and not isinstance(items[0], str | ICLNode | torch.Tensor | Sequence):
         items = [items]  # the token ids of one chunk
@@ -180,7 +188,13 @@ def _context(context: Any) -> Sequence[ICLNode]:
     late = next((item for item in texts if isinstance(item, ICLNode)), None)
     if late is not None:
         raise GraphError(f"node {late} stands after a text in the context; nodes exist already, so put them before the texts")
-    nodes = list(ICLGraph(*given).nodes) if given else []
+    nodes = list(ICLGraph(*root, *given).nodes) if root or given else []
+    other = next((node for node in nodes if root and not node.parents and node is not root[0]), None)
+    if other is not None:
+        raise GraphError(
+            f"node {other} of the context sees nothing, and nodes keep the parents they have; build it with parents=[root], "
+            "and give that same node as root"
+        )
     ids = ["context"] if len(texts) == 1 else [f"context {i}" for i in range(1, len(texts) + 1)]
     before = [*nodes, *causal(texts, nodes, ids=ids)]
     return Prefix(before, len(before))

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from leattn.attention.attend import block_for
 from leattn.attention.block import Block, follow, innermost
 from leattn.attention.request import Backend
+from leattn.attention.roots import warn_of
 from leattn.errors import BackendError, LeattnError
 from leattn.generation.program import Program
 from leattn.kv.certify import certificate
@@ -72,7 +74,10 @@ def session(
     if kv_store is not None:
         check_store(model, kv_store)
     columns = Columns([Row(program.visible)], record.device)
-    with follow(block_for(model, record, columns, backend)) as block, torch.no_grad():
+    block = block_for(model, record, columns, backend)
+    parents = np.array([len(seen) for seen in program.sees])
+    warn_of(model, record, program.visible, parents, lambda i: program.units[i].name)
+    with follow(block), torch.no_grad():
         yield Session(model, program, block, kv_store)
 
 

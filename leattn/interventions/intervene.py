@@ -12,6 +12,7 @@ import torch
 from leattn.attention.attend import prepare
 from leattn.attention.block import Block, follow, innermost, running
 from leattn.attention.request import Backend, MaskMode
+from leattn.attention.roots import warn_of_roots
 from leattn.errors import BackendError, LeattnError
 from leattn.interventions.operation import Operation, State, Subject, doing
 from leattn.interventions.scores import ChangedScores
@@ -71,6 +72,8 @@ def intervene(
     around = innermost(record)
     everything = (*(() if around is None else around.operations), *operations)
     attention = prepare(model, record, prompts, backend=backend, mask=mask, mask_mode=mask_mode)
+    if not attention.replaces:
+        warn_of_roots(model, record, attention.prompts)
     with _applied(attention, everything):
         yield attention
 

@@ -36,6 +36,8 @@ class Model:
         (attention/verdicts.py).
     readings : dict
         Whether its queries can read in other ways, and how its keys turn (attention/turning.py).
+    rooted : set
+        Variants of it of which nothing is left to say about first tokens (attention/roots.py).
     certificates, fingerprint
         Of its keys and values (kv/).
     blocks : list
@@ -50,6 +52,7 @@ class Model:
         self.routes: dict[Any, Any] = {}
         self.verdicts: dict[Any, Any] = {}
         self.readings: dict[Any, Any] = {}
+        self.rooted: set[Any] = set()
         self.certificates: dict[Any, Any] = {}
         self.fingerprint: tuple[bytes, bytes] | None = None
         self.blocks: list[Any] = []
