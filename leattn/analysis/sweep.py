@@ -18,7 +18,8 @@ from leattn.analysis.sweep_result import UNTOUCHED, SweepResult, SweepRow
 from leattn.analysis.targets import Target, one_backend, target_ids, target_logits, token_losses
 from leattn.attention.request import Backend
 from leattn.errors import LeattnError, choices
-from leattn.interventions.hidden import Freeze, RandomNoise, Shuffle, SkipAttention
+from leattn.interventions.draws import RandomNoise, Shuffle
+from leattn.interventions.hidden import Freeze, SkipAttention
 from leattn.interventions.operation import Operation, checked_layers
 from leattn.model.record import Model
 from leattn.prompt.compile import CompiledPrompt
