@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from leattn.generation.forward import forward
+from leattn.attention.block import running
+from leattn.attention.request import Backend
+from leattn.interventions.intervene import intervene
 from leattn.interventions.operation import checked_layers
 from leattn.interventions.where import Place, tokens_at
 from leattn.prompt.compile import CompiledPrompt
@@ -36,8 +38,11 @@ class States(Mapping[Place, torch.Tensor]):
         return len(self.prompt.graph)
 
 
-def capture(model: Any, prompt: CompiledPrompt, *, layer: int, backend: str = "auto") -> States:
+def capture(model: Any, prompt: CompiledPrompt, *, layer: int, backend: str | Backend = "auto", before: bool = False) -> States:
     """The inputs of a layer on a prompt, for :class:`Inject`.
+
+    Inside :func:`intervene` its operations happen here too, and the states are those after their edits of this layer;
+    ``before=True`` gives those before.
 
     Examples
     --------
@@ -49,6 +54,17 @@ def capture(model: Any, prompt: CompiledPrompt, *, layer: int, backend: str = "a
     True
     """
     checked_layers("capture", layer, model.config.num_hidden_layers)
-    with torch.no_grad():
-        output = forward(model, prompt, backend=backend, output_hidden_states=True, use_cache=False)
-    return States(prompt, layer, output.hidden_states[layer][0])
+    seen: list[torch.Tensor] = []
+    with torch.no_grad(), intervene(model, prompt, [], backend=backend) as attention:
+        record = attention.record
+
+        def see(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if running(record) is attention:  # not the forward of another thread
+                seen.append(args[0] if args else kwargs["hidden_states"])
+
+        handle = record.layers[layer].register_forward_pre_hook(see, with_kwargs=True, prepend=before)
+        try:
+            record.base(**attention.inputs, use_cache=False)
+        finally:
+            handle.remove()
+    return States(prompt, layer, seen[0][0])
