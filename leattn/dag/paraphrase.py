@@ -179,7 +179,9 @@ def _context(context: Any) -> Sequence[ICLNode]:
     texts: list[Any] = items[len(given) :]
     late = next((item for item in texts if isinstance(item, ICLNode)), None)
     if late is not None:
-        raise GraphError(f"node {late} stands after a text in the context; nodes exist already, so put them before the texts")
+        raise GraphError(
+            f"node {str(late)!r} stands after a text in the context; nodes exist already, so put them before the texts"
+        )
     nodes = list(ICLGraph(*given).nodes) if given else []
     ids = ["context"] if len(texts) == 1 else [f"context {i}" for i in range(1, len(texts) + 1)]
     before = [*nodes, *causal(texts, nodes, ids=ids)]

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from leattn.dag.node import ICLNode
 from leattn.errors import LeattnError, choices
 from leattn.interventions.operation import Layers, Selection, State, Subject, checked_layers, checked_rows
 from leattn.interventions.where import Place, Where, tokens_at
@@ -138,4 +139,4 @@ class _Inject:
 
 
 def _name(place: Place) -> str:
-    return str(place) if not isinstance(place, str) else repr(place)
+    return repr(str(place)) if isinstance(place, (str, ICLNode)) else str(place)
