@@ -24,6 +24,7 @@ _HOMES = {
     "dag.graph": ["ICLGraph"],
     "dag.builders": ["chain", "parallel", "causal"],
     "dag.segments": ["from_segments"],
+    "dag.split": ["split_text"],
     "dag.chat": ["from_chat"],
     "dag.paraphrase": ["paraphrase_group", "paraphrase_segments"],
     "prompt.compile": ["CompiledPrompt", "compile_prompt"],
@@ -83,6 +84,7 @@ __all__ = [
     "patterns",
     "prepare_inputs",
     "print_dag",
+    "split_text",
     "tiny",
     "training",
     "upstream_nodes",
@@ -112,6 +114,7 @@ if TYPE_CHECKING:
     from leattn.dag.node import ICLNode, bos
     from leattn.dag.paraphrase import paraphrase_group, paraphrase_segments
     from leattn.dag.segments import from_segments
+    from leattn.dag.split import split_text
     from leattn.errors import BackendError, CompileError, GraphError, LeattnError, LeattnWarning
     from leattn.generation.forward import forward, warm
     from leattn.generation.generate import generate
