@@ -25,6 +25,7 @@ _HOMES = {
     "dag.graph": ["ICLGraph"],
     "dag.builders": ["chain", "parallel", "causal"],
     "dag.segments": ["from_segments"],
+    "dag.split": ["split_text"],
     "dag.chat": ["from_chat"],
     "dag.paraphrase": ["paraphrase_group", "paraphrase_segments"],
     "prompt.compile": ["CompiledPrompt", "compile_prompt"],
@@ -85,6 +86,7 @@ __all__ = [
     "prepare_inputs",
     "print_dag",
     "read",
+    "split_text",
     "tiny",
     "training",
     "upstream_nodes",
@@ -115,6 +117,7 @@ if TYPE_CHECKING:
     from leattn.dag.paraphrase import paraphrase_group, paraphrase_segments
     from leattn.dag.reading import read
     from leattn.dag.segments import from_segments
+    from leattn.dag.split import split_text
     from leattn.errors import BackendError, CompileError, GraphError, LeattnError, LeattnWarning
     from leattn.generation.forward import forward, warm
     from leattn.generation.generate import generate

@@ -13,7 +13,6 @@ from test_attend import fan, traces
 
 import leattn
 from leattn import BackendError, LeattnError, compile_prompt
-from leattn.compat import from_atman, from_attend_first
 from leattn.interventions import (
     Freeze,
     Inject,
@@ -403,46 +402,3 @@ def test_backends_and_models_that_cannot_carry_an_operation_are_refused():
     model.gradient_checkpointing_enable()
     with pytest.raises(BackendError, match=r"call model.gradient_checkpointing_disable\(\) first"):
         logits(model, fan(), [Freeze(1)])
-
-
-# The classic interfaces
-
-
-def test_atmans_arguments_are_translated():
-    model, prompt = shared_model("llama"), fan()
-    tokens = [2, 3, -1, 5]
-    given = from_atman(model, suppression_token_indices=[tokens], suppression_factors=[[0.1, 2.0, 9.0, 0.5]], layers=[0, 1])
-    factors = {2: 0.1, 3: 2.0, 5: 0.5}
-    expected = run(model, prompt, scores=suppression(factors, "multiplicative", layers=[0, 1], shift="all"))
-    torch.testing.assert_close(logits(model, prompt, given), expected, **TOLERANCE)
-    for after, scale in ((False, 12**-0.5), (True, 1.0)):
-        added = from_atman(
-            model,
-            suppression_token_indices=[tokens],
-            suppression_factors=[[-3.0, -1.0, 9.0, 2.0]],
-            multiplicative=False,
-            manipulate_attn_scores_after_scaling=after,
-        )
-        by_hand = suppression({2: -3.0 * scale, 3: -1.0 * scale, 5: 2.0 * scale}, "additive")
-        torch.testing.assert_close(logits(model, prompt, added), run(model, prompt, scores=by_hand), **TOLERANCE)
-    with pytest.raises(LeattnError, match="row 0 has 1 indices and 2 factors"):
-        from_atman(model, suppression_token_indices=[[1]], suppression_factors=[[1.0, 2.0]])
-
-
-def test_attend_firsts_arguments_are_translated():
-    model = shared_model("llama")
-    assert from_attend_first(model, distrupt_type="freeze", distrupt_layer=2) == [Freeze(2, source="previous")]
-    assert from_attend_first(model, manipulation_type="random", manipulation_layer=1) == [RandomNoise(1)]
-    assert from_attend_first(model, distrupt_type="random_shuffle", distrupt_layer=1, distrupt_tokens=range(3)) == [
-        Shuffle(1, [0, 1, 2], seeding="published")
-    ]
-    assert from_attend_first(model, skip_attention_layers=range(1, 100)) == [SkipAttention([1, 2])]
-    assert from_attend_first(model, distrupt_type="skip", distrupt_layer=1) == [SkipAttention(range(1, 3))]
-    state = torch.ones(48)
-    (injection,) = from_attend_first(model, injection_dict={4: state}, manipulation_layer=1)
-    assert (injection.layer, dict(injection.states)) == (1, {4: state})
-    assert from_attend_first(model, distrupt_type="shuffle", distrupt_layer=50) == []
-    with pytest.raises(LeattnError, match="unknown manipulation_type 'melt'; choose one of 'freeze', 'random'"):
-        from_attend_first(model, manipulation_type="melt", manipulation_layer=1)
-    with pytest.raises(LeattnError, match="needs manipulation_layer"):
-        from_attend_first(model, manipulation_type="freeze")

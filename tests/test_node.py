@@ -163,8 +163,8 @@ def test_repr_is_short_and_str_is_the_name():
     node = ICLNode("x" * 500, parents, id="n")
     assert len(repr(node)) < 150
     assert "'p0', 'p1', 'p2', 'p3', ..." in repr(node)
-    assert str(node) == "'n'"
-    assert str(ICLNode("A simple fact")) == "'A simple f'"
+    assert str(node) == "n"
+    assert str(ICLNode("A simple fact")) == ICLNode("A simple fact").default_name == "A simple f", "without a graph"
 
 
 def test_prefix_is_the_start_of_a_growing_list():

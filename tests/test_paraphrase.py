@@ -157,7 +157,6 @@ def question(start: int, index: object, **more: object) -> dict:
             "the first question of group 0 in the text, segment tokens 0:1, has paraphrase_idx 1",
         ),
         ([question(0, 0), question(1, 1, group="b")], "the first question of group 'b' in the text, segment tokens 1:2, has"),
-        ([question(0, 0), question(1, 0)], "segment tokens 1:2 has paraphrase_idx 0, taken in group 0; give each its own"),
         ([question(0, None), question(1, 0)], "is a question with paraphrase_idx None; give 0, 1, 2"),
         ([question(0, True), question(1, 0)], "is a question with paraphrase_idx True"),
         ([question(0, -1), question(1, 0)], "is a question with paraphrase_idx -1"),
@@ -237,3 +236,98 @@ def test_a_root_that_the_context_sees_already():
     for other in ([9], ICLNode([9], id="other")):
         with pytest.raises(GraphError, match=r"node 'r' of the context sees nothing.*build it with parents=\[root\]"):
             paraphrase_group(document, [[1]], pattern="isolated", root=other)
+
+
+# The published recipe: a mask per query over one tokenized text, from the lists of its segments' positions and metadata
+
+
+def recipe_mask(size, positions, metadata):
+    """Its rule, token by token: 0 is no question, g the phrasing g − 1. Question 1 sees itself, others it too."""
+    group = [0] * size
+    for (start, end), about in zip(positions, metadata, strict=True):
+        if about["type"] == "question":
+            group[start:end] = [1 + about["paraphrase_idx"]] * (end - start)
+    return [[k <= q and (group[q] == 0 or group[k] in (1, group[q])) for k in range(size)] for q in range(size)]
+
+
+def parsed(kind, index, shot=None, shot_index=None):
+    """Metadata as its parser writes them; every segment has a paraphrase_idx."""
+    return {"type": kind, "paraphrase_idx": index, "few_shot_idx": shot, "fs_q_para_idx": shot_index}
+
+
+POSITIONS = [(1, 3), (4, 6), (6, 7), (8, 9), (10, 12), (13, 15), (16, 17), (18, 20)]
+METADATA = [
+    parsed("instruction", 0),
+    parsed("few_shot_q", 0, 0, 0),
+    parsed("few_shot_q", 0, 0, 1),
+    parsed("few_shot_a", 0, 0),
+    parsed("question", 0),
+    parsed("question", 1),
+    parsed("question", 1),
+    parsed("question", 2),
+]
+"""With separators between, BOS in front and the answer behind, all of which no segment covers."""
+
+
+def test_the_pair_of_lists_of_the_recipe():
+    given = torch.arange(22)[None], (POSITIONS, METADATA)
+    prompt = compile_prompt(paraphrase_segments(*given, pattern="anchor"))
+    assert prompt.dense_mask().tolist() == recipe_mask(22, POSITIONS, METADATA)
+    assert prompt.position_ids.tolist() == [list(range(22))]
+    causal = compile_prompt(paraphrase_segments(*given, pattern="causal"))
+    assert causal.dense_mask().tolist() == torch.ones(22, 22).tril().bool().tolist()
+
+
+def test_the_recipe_leaves_question_one_alone_where_its_flex_mask_left_separators_nothing():
+    """The version of it for flex_attention hides everything from a token that no segment covers, and its softmax is 0/0."""
+    prompt = compile_prompt(paraphrase_segments(range(22), (POSITIONS, METADATA), pattern="anchor"))
+    mask = prompt.dense_mask()
+    for separator in (0, 3, 7, 9, 12, 15, 17, 20, 21):
+        assert mask[separator].tolist() == [k <= separator for k in range(22)]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@given(layout=texts(), draw=st.data())
+@settings(deadline=None, max_examples=60)
+def test_a_question_in_several_pieces(pattern, layout, draw):
+    """Each question cut at any of its tokens, with context between the pieces or not."""
+    cut = []
+    for group, index, length in layout:
+        for _ in range(length):
+            cut.append((group, index, 1))
+            if group != -1 and draw.draw(st.integers(0, 4)) == 0:
+                cut.append((-1, -1, 1))
+    segments, size = segments_of(cut)
+    table = [[False] * size for _ in range(size)]
+    for q, (group, index, _) in enumerate(cut):
+        opened = next(i for i, other in enumerate(cut) if other[0] == group)
+        for k in range(q + 1):
+            other, number, _ = cut[k]
+            same = (other, number) == (group, index)
+            if pattern == "causal" or group == -1:
+                table[q][k] = True
+            elif pattern == "anchor":
+                table[q][k] = same or (other, number) == (group, 0)
+            elif pattern == "shared":
+                table[q][k] = same or (other == -1 and k < opened)
+            else:
+                table[q][k] = same
+    prompt = compile_prompt(paraphrase_segments(range(size), segments, pattern=pattern))
+    assert prompt.dense_mask().tolist() == table
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (([(0, 1)], []), "there are 1 positions and 0 metadata"),
+        (([(0, 1, 2)], [{"type": "question"}]), "give a pair (start, end) and a mapping"),
+        (([(0, 1)], ["question"]), "give a pair (start, end) and a mapping"),
+        (([(0, 1)], [{"type": "question"}]), "is a question with paraphrase_idx None"),
+        (([(0, 2), (1, 2)], [parsed("instruction", 0), parsed("instruction", 0)]), "overlap"),
+        (([(0, 5)], [parsed("instruction", 0)]), "but the text has 2 tokens"),
+    ],
+)
+def test_lists_that_are_not_the_recipes(given, words):
+    with pytest.raises(GraphError) as error:
+        paraphrase_segments([1, 2], given, pattern="anchor")
+    assert words in str(error.value)

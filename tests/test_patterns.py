@@ -494,7 +494,7 @@ def test_edits_of_a_compiled_prompt_hold():
 
 def test_ensembles_that_make_no_sense_are_refused():
     model, phrasings = shared_model("llama"), two_phrasings()
-    with pytest.raises(LeattnError, match="unknown mean 'median'; choose one of 'arithmetic', 'geometric'"):
+    with pytest.raises(LeattnError, match="unknown mean 'median'; choose one of 'arithmetic', 'geometric', 'max'"):
         paraphrase_ensemble(model, phrasings, mean="median")
     with pytest.raises(LeattnError, match="the 2 phrasings would go on at each other's positions"):
         paraphrase_ensemble(model, phrasings, positions="sequential")

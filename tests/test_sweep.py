@@ -20,7 +20,7 @@ from leattn.tiny.examples import make
 
 LAYERS = 3
 TARGETS = [[17], [5, 60], [9], [33, 2, 8], [70]]
-READY = ["freeze", "noise", "shuffle", "skip"]
+READY = ["freeze", "noise", "shuffle", "shuffle_published", "skip"]
 
 
 def prompts(count=5, *, seed=0):
@@ -47,9 +47,10 @@ def by_hand(model, prompt, target, operations):
 def made(name, layer, seed):
     return {
         "untouched": lambda: [],
-        "freeze": lambda: [Freeze(layer)],
+        "freeze": lambda: [Freeze(layer - 1)],  # the published one holds what went into the layer before
         "noise": lambda: [RandomNoise(layer, seed=seed)],
         "shuffle": lambda: [Shuffle(layer, seed=seed)],
+        "shuffle_published": lambda: [Shuffle(layer, seeding="published")],
         "skip": lambda: [SkipAttention(range(layer, LAYERS))],
     }[name]()
 
@@ -58,7 +59,7 @@ def made(name, layer, seed):
 def test_values_equal_each_intervention_run_by_hand(metric):
     model, some = shared_model("llama"), prompts()
     result = sweep(model, some, READY, metric=metric, targets=TARGETS, seeds=(3, 4), batch_size=2)
-    assert len(result.rows) == (1 + len(READY) * LAYERS * 2) * len(some)
+    assert len(result.rows) == (1 + len(READY) * LAYERS * 2 - 2) * len(some), "there is no layer before the first"
     for row in result.rows:
         assert row.target == "own"
         assert row.source_layer is None
@@ -66,8 +67,13 @@ def test_values_equal_each_intervention_run_by_hand(metric):
         assert row.value == pytest.approx(loss if metric == "loss" else right, abs=1e-4)
     assert {(row.operation, row.layer, row.seed) for row in result.rows} == {
         ("untouched", None, None),
-        *((name, layer, seed) for name in READY for layer in range(LAYERS) for seed in (3, 4)),
+        *((name, layer, seed) for name in READY for layer in range(name == "freeze", LAYERS) for seed in (3, 4)),
     }
+    assert (result.measured("freeze"), result.measured("skip")) == ((1, 2), (0, 1, 2))
+    assert [len(line.split()) for line in str(result).splitlines() if line.startswith("freeze")] == [3]
+    with pytest.raises(LeattnError, match=r"nothing was measured for layer 0, .* its layers are \[1, 2\]"):
+        result.mean("freeze", 0)
+    leattn.viz.plot_sweep(result)
 
 
 def test_accuracy_is_what_greedy_generation_says():
@@ -217,7 +223,7 @@ def test_the_file_of_another_sweep_is_refused_and_kept(tmp_path):
     sweep(model, **settings(some), file=file)
     before = file.read_bytes()
     others = {
-        "layers": {"layers": [0]},
+        "layers": {"layers": [1]},
         "metric": {"metric": "accuracy"},
         "seeds": {"seeds": (0,)},
         "targets": {"targets": TARGETS[::-1]},
@@ -245,8 +251,12 @@ def test_the_file_of_another_sweep_is_refused_and_kept(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"operations": ["blur"]}, "unknown operation 'blur'; choose one of 'freeze', 'noise', 'shuffle', 'skip'"),
+        (
+            {"operations": ["blur"]},
+            "unknown operation 'blur'; choose one of 'freeze', 'noise', 'shuffle', 'shuffle_pub",
+        ),
         ({"operations": {"untouched": lambda layer, seed: []}}, "the name of the baseline"),
+        ({"operations": ["freeze"], "layers": [0]}, r"'freeze' has nothing to measure at layers \[0\]; name others"),
         ({"operations": {"x": Freeze(0)}}, r"give a function \(layer, seed\)"),
         ({"layers": [3]}, "sweep names layer 3; this model has layers 0 to 2"),
         ({"metric": "bleu"}, "unknown metric 'bleu'"),

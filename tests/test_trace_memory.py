@@ -17,7 +17,9 @@ from leattn.analysis.memory import Footprint
 
 def nbytes(found):
     kept = [found.mass, found.first_tokens, found.hidden_norms, found.key_norms, found.value_norms]
-    return sum(one.nbytes for one in [*kept, *(pair.weights for pair in found.tokens.values())])
+    kept += [found.mean_key_norms, found.mean_value_norms, found.scores]
+    kept += [part for pair in found.tokens.values() for part in (pair.weights, pair.scores)]
+    return sum(one.nbytes for one in kept if one is not None)
 
 
 @pytest.fixture
@@ -28,25 +30,28 @@ def free(monkeypatch):
     return set_to
 
 
-@pytest.mark.parametrize("tokens", [(), ("Q", "doc1"), [("Q", "doc1"), ("Q", "Q")]])
-def test_it_runs_where_it_just_fits_and_not_below(tokens, free):
+@pytest.mark.parametrize(
+    "asked",
+    [{}, {"tokens": ("Q", "doc1")}, {"tokens": [("Q", "doc1"), ("Q", "Q")], "scores": True}, {"scores": True}],
+)
+def test_it_runs_where_it_just_fits_and_not_below(asked, free):
     """To the byte for what is kept, but for norms of keys and values, of which a model may have one per head."""
     model, prompt = shared_model("llama"), fan()
-    found = trace(model, prompt, tokens=tokens)
+    found = trace(model, prompt, **asked)
     heads, groups, layers, nodes = 4, found.key_norms.shape[1], 3, len(prompt.graph)
     kept = nbytes(found) + layers * 2 * (heads - groups) * len(prompt) * 4
     work = 2 * heads * nodes**2 * 4
     free(kept + work)
-    assert nbytes(trace(model, prompt, tokens=tokens)) == nbytes(found)
+    assert nbytes(trace(model, prompt, **asked)) == nbytes(found)
     free(kept + work - 1)
     with pytest.raises(LeattnError, match=r"trace at most 2 at a time, layers=\[…\], or a prompt of fewer"):
-        trace(model, prompt, tokens=tokens)
-    trace(model, prompt, tokens=tokens, layers=[0, 2])
+        trace(model, prompt, **asked)
+    trace(model, prompt, **asked, layers=[0, 2])
     free(work)
     with pytest.raises(LeattnError, match=r"not even layers=\[0\] has room"):
-        trace(model, prompt, tokens=tokens, layers=0)
+        trace(model, prompt, **asked, layers=0)
     free(None)
-    trace(model, prompt, tokens=tokens)
+    trace(model, prompt, **asked)
 
 
 def test_more_than_any_machine_has_is_refused_before_anything_runs():

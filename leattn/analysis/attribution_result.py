@@ -10,12 +10,14 @@ import torch
 
 from leattn.analysis.table import data_frame, text_table
 from leattn.errors import LeattnError, choices
-from leattn.interventions.scores import Mode
+from leattn.interventions.scores import Mode, Shift
 from leattn.prompt.compile import CompiledPrompt
 from leattn.table import html_table
 
 Method: TypeAlias = Literal["suppress_nodes", "cut_nodes", "cut_edges", "suppress_tokens"]
 METHODS: tuple[Method, ...] = get_args(Method)
+Measure: TypeAlias = Literal["loss", "logit"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
 SHOWN = 12
 """Rows per method that ``print`` shows."""
 
@@ -35,7 +37,7 @@ class Importance:
     token, text
         Of a token: its index in the prompt, and its text.
     importance
-        loss(target | intervened) − loss(target | untouched), in nats: the sum of ``per_token``.
+        loss(target | intervened) − loss(target | untouched), in nats, or what was measured instead: the sum of ``per_token``.
     per_token
         The same for each target token.
     """
@@ -56,13 +58,13 @@ class Attribution:
     Attributes
     ----------
     prompt, target_ids
-        What was asked about; T target tokens.
+        What was asked about; T target tokens. With ``target_tokens=True`` the prompt ends with the target's, but for the last.
     loss
         Cross-entropy of each target token in nats, nothing touched, ``T`` numbers.
     rows
         One :class:`Importance` per intervention, methods and nodes in the order asked for.
-    factor, mode, layers, backend
-        How it was suppressed (``layers`` None: in all of them), and what ran.
+    factor, mode, layers, backend, shift, measure, squared
+        How it was suppressed (``layers`` None: in all of them), what ran, and what was measured.
     """
 
     prompt: CompiledPrompt
@@ -74,6 +76,19 @@ class Attribution:
     mode: Mode
     layers: tuple[int, ...] | None
     backend: str
+    shift: Shift = "visible"
+    measure: Measure = "loss"
+    squared: bool = False
+
+    @property
+    def unit(self) -> str:
+        """Of the importances: ``"nats"``, ``"logits"``, or one of them squared."""
+        return ("nats" if self.measure == "loss" else "logits") + "²" * self.squared
+
+    @property
+    def quantity(self) -> str:
+        """What the importances are, in words."""
+        return f"{self.unit} of loss gained" if self.measure == "loss" else f"{self.unit} of the target lost"
 
     @property
     def target(self) -> str:
@@ -101,7 +116,7 @@ class Attribution:
         parts = [self._caption()]
         for method in self.methods:
             ranked = self.rank(method)
-            header, rows = _cells(method, ranked[:SHOWN])
+            header, rows = _cells(method, ranked[:SHOWN], self.unit)
             rest = f"\n… {len(ranked) - SHOWN} more" if len(ranked) > SHOWN else ""
             parts.append(text_table(header, rows) + rest)
         return "\n\n".join(parts)
@@ -112,20 +127,22 @@ class Attribution:
     def _repr_html_(self) -> str:
         # The head of each table says its method.
         captions = {self.methods[0]: self._caption()}
-        tables = (html_table(*_cells(m, self.rank(m)), caption=captions.get(m, "")) for m in self.methods)
+        tables = (html_table(*_cells(m, self.rank(m), self.unit), caption=captions.get(m, "")) for m in self.methods)
         return "".join(tables)
 
     def _caption(self) -> str:
         layers = "all layers" if self.layers is None else f"layers {', '.join(map(str, self.layers))}"
-        how = f"; suppressed by {self.factor:g}, {self.mode}, {layers}" if any("suppress" in m for m in self.methods) else ""
-        return f"importance in nats for {self.target!r}, whose loss is {sum(self.loss):.4f} untouched{how}"
+        shift = ", shift over all keys" if self.shift == "all" else ""
+        how = f"; suppressed by {self.factor:g}, {self.mode}, {layers}{shift}"
+        how = how if any("suppress" in m for m in self.methods) else ""
+        return f"importance in {self.unit} for {self.target!r}, whose loss is {sum(self.loss):.4f} untouched{how}"
 
 
-def _cells(method: Method, rows: Sequence[Importance]) -> tuple[list[str], list[list[str]]]:
+def _cells(method: Method, rows: Sequence[Importance], unit: str) -> tuple[list[str], list[list[str]]]:
     head = {"cut_edges": [method, "sees no more"], "suppress_tokens": [method, "index", "text"]}.get(method, [method])
     cells = []
     for row in rows:
         first = [row.query or "", row.node] if method == "cut_edges" else [row.node]
         extra = [str(row.token), repr(row.text)] if method == "suppress_tokens" else []
         cells.append([*first, *extra, f"{round(row.importance, 4) + 0.0:+.4f}"])
-    return [*head, "nats"], cells
+    return [*head, unit], cells

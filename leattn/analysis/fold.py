@@ -59,11 +59,10 @@ class Scores:
     sinks: torch.Tensor | None = None
     readings: Sequence[RowReading] = ()
 
-    def weights(self, queries: slice, keys: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """Attention of some queries to the keys ``[C]`` after the softmax, ``[H, T, C]``; ``visible`` is ``[T, C]`` bool."""
+    def raw(self, queries: slice, keys: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """Scores of some queries and the keys ``[C]`` before the softmax, ``[H, T, C]``; −inf unless ``visible`` ``[T, C]``."""
         exact = torch.float64 if self.query.dtype == torch.float64 else torch.float32
         query, key = self.query[:, queries].to(exact), self.key[:, keys].to(exact)
-        length = query.shape[1]
         scores = scaled_scores(query[None], key[None], self.scaling, self.softcap)[0]
         added = 0.0 if self.added is None else self.added[:, queries][..., keys].to(exact)
         scores += added
@@ -81,9 +80,13 @@ class Scores:
                 part += added if isinstance(added, float) else added[:, rows][..., at]
             of_rows = scores[:, rows]  # a view
             of_rows[..., at] = read_scores(part, visible[rows][:, at], one.reading)
+        return scores
+
+    def weights(self, scores: torch.Tensor) -> torch.Tensor:
+        """Attention of some queries: :meth:`raw` after the softmax."""
         if self.sinks is None:
             return scores.softmax(-1)
-        sinks = self.sinks.to(exact)[:, None, None].expand(-1, length, 1)
+        sinks = self.sinks.to(scores)[:, None, None].expand(-1, scores.shape[1], 1)
         return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
 
 
@@ -106,11 +109,15 @@ class Pair:
 
 @dataclass(frozen=True)
 class Folded:
-    """One layer: ``mass`` ``[H, N, N]``, ``first_tokens`` ``[H, N]`` (see :class:`Trace`), ``pairs`` ``[H, Q, K]`` each."""
+    """One layer: ``mass`` ``[H, N, N]``, ``first_tokens`` ``[H, N]`` (see :class:`Trace`), ``pairs`` ``[H, Q, K]`` each.
+
+    ``scores`` are as large as the pairs that they were asked for.
+    """
 
     mass: torch.Tensor
     first_tokens: torch.Tensor
     pairs: tuple[torch.Tensor, ...]
+    scores: tuple[torch.Tensor, ...]
 
 
 def fold(
@@ -120,6 +127,7 @@ def fold(
     *,
     window: int | None,
     pairs: Sequence[Pair] = (),
+    scored: Sequence[Pair] = (),
     tile_bytes: int,
 ) -> Folded:
     """Go over the queries in tiles of at most ``tile_bytes`` of weights (at least one query) and sum them up by node.
@@ -134,6 +142,8 @@ def fold(
         Who sees whom, on the same device; one prompt without padding.
     window
         Of the layer, in positions.
+    pairs, scored
+        Whose weights, and whose scores before the softmax, are kept by token.
     """
     heads, length, _ = scores.query.shape
     device, nodes = scores.query.device, len(offsets) - 1
@@ -146,6 +156,7 @@ def fold(
     given = torch.zeros(heads, nodes, dtype=exact, device=device)
     seen_by = torch.zeros(nodes, dtype=exact, device=device)
     kept = tuple(torch.zeros(heads, *pair.shape, dtype=exact, device=device) for pair in pairs)
+    raw = tuple(torch.full((heads, *pair.shape), -torch.inf, dtype=exact, device=device) for pair in scored)
 
     step = max(1, tile_bytes // (heads * length * 4))
     for start in range(0, length, step):
@@ -160,7 +171,10 @@ def fold(
                 rows[:, one.columns] = one.visible[low - one.queries.start : high - one.queries.start]
         columns = visible.any(0).nonzero()[:, 0]
         visible = visible[:, columns]
-        weights = scores.weights(slice(start, stop), columns, visible)
+        tile = scores.raw(slice(start, stop), columns, visible)
+        for pair, into in zip(scored, raw, strict=True):
+            _keep(pair, into, tile, range(start, stop), columns)
+        weights = scores.weights(tile)
 
         # Queries first: neighbours in memory, and far fewer rows are left for the keys.
         present, lengths = torch.unique_consecutive(node_of[start:stop], return_counts=True)
@@ -177,17 +191,17 @@ def fold(
             _keep(pair, into, weights, range(start, stop), columns)
 
     mass.div_(bounds.diff()[:, None])
-    return Folded(mass.permute(2, 1, 0), given / torch.where(seen_by > 0, seen_by, torch.nan), kept)
+    return Folded(mass.permute(2, 1, 0), given / torch.where(seen_by > 0, seen_by, torch.nan), kept, raw)
 
 
-def _keep(pair: Pair, into: torch.Tensor, weights: torch.Tensor, queries: range, columns: torch.Tensor) -> None:
-    """Take the weights of a pair of nodes out of a tile: the maximum in each cell of ``into`` ``[H, Q, K]``."""
+def _keep(pair: Pair, into: torch.Tensor, tile: torch.Tensor, queries: range, columns: torch.Tensor) -> None:
+    """Take what a tile has of a pair of nodes: the maximum in each cell of ``into`` ``[H, Q, K]``."""
     low, high = max(pair.query.start, queries.start), min(pair.query.stop, queries.stop)
     if low >= high:
         return
     at = ((columns >= pair.key.start) & (columns < pair.key.stop)).nonzero()[:, 0]
-    part = weights[:, low - queries.start : high - queries.start][..., at]
-    cells = part.new_zeros(*part.shape[:2], pair.shape[1])
+    part = tile[:, low - queries.start : high - queries.start][..., at]
+    cells = part.new_full((*part.shape[:2], pair.shape[1]), -torch.inf)
     cell = (columns[at] - pair.key.start) // pair.pool[1]
     cells.scatter_reduce_(2, cell.expand_as(part), part, "amax")
     row = (torch.arange(low, high, device=part.device) - pair.query.start) // pair.pool[0]

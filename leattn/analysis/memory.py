@@ -58,7 +58,7 @@ class Footprint:
             nodes=nodes,
             mass=4 * heads * nodes * (nodes + 1),
             tokens=4 * heads * cells,
-            norms=4 * length * (1 + 2 * heads),
+            norms=4 * length * (3 + 2 * heads),
             work=2 * item * heads * nodes**2,
         )
 

@@ -18,20 +18,22 @@ from leattn.analysis.sweep_result import UNTOUCHED, SweepResult, SweepRow
 from leattn.analysis.targets import Target, one_backend, target_ids, target_logits, token_losses
 from leattn.attention.request import Backend
 from leattn.errors import LeattnError, choices
-from leattn.interventions.hidden import Freeze, RandomNoise, Shuffle, SkipAttention
+from leattn.interventions.draws import RandomNoise, Shuffle
+from leattn.interventions.hidden import Freeze, SkipAttention
 from leattn.interventions.operation import Operation, checked_layers
 from leattn.model.record import Model
 from leattn.prompt.compile import CompiledPrompt
 
-Maker: TypeAlias = Callable[[int, int], Sequence[Operation]]
-"""``(layer, seed)`` → the operations of one run."""
+Maker: TypeAlias = Callable[[int, int], Sequence[Operation] | None]
+"""``(layer, seed)`` → the operations of one run; None where there is nothing to run at a layer."""
 Metric: TypeAlias = Callable[[torch.Tensor, tuple[int, ...]], float]
 """Logits ``[T, V]`` of the target tokens and their ids → one number."""
 
-READY: dict[str, Callable[[int, int, int], Sequence[Operation]]] = {
-    "freeze": lambda layer, _seed, _count: [Freeze(layer)],
+READY: dict[str, Callable[[int, int, int], Sequence[Operation] | None]] = {
+    "freeze": lambda layer, _seed, _count: [Freeze(layer, source="previous")] if layer else None,
     "noise": lambda layer, seed, _count: [RandomNoise(layer, seed=seed)],
     "shuffle": lambda layer, seed, _count: [Shuffle(layer, seed=seed)],
+    "shuffle_published": lambda layer, _seed, _count: [Shuffle(layer, seeding="published")],
     "skip": lambda layer, _seed, count: [SkipAttention(range(layer, count))],
 }
 """Operations by name: at this layer, and for ``freeze`` and ``skip`` at all after it too."""
@@ -56,8 +58,10 @@ def sweep(
     Parameters
     ----------
     operations
-        Names of ready ones (``"freeze"``, ``"noise"``, ``"shuffle"``, ``"skip"``: attention skipped from the layer on), or a
-        mapping from names of your own to functions ``(layer, seed) → operations`` and to :class:`Injection`.
+        Names of ready ones, or a mapping from names of your own to functions ``(layer, seed) → operations`` (None: nothing is
+        measured there) and to :class:`Injection`. Ready are ``"freeze"``, the published one: ``Freeze(source="previous")``,
+        which holds what went into the layer before, and is not measured at layer 0, which has none; ``"noise"``;
+        ``"shuffle"``, and ``"shuffle_published"`` with the published seeds; ``"skip"``: attention skipped from the layer on.
     layers
         What the functions are called with; all of the model's for None.
     metric
@@ -105,13 +109,17 @@ def sweep(
     own = target_ids(model, prompts, targets)
     drawn = tuple(dict.fromkeys(seeds))
     made = {
-        (label, layer, seed): tuple(maker(layer, seed))
+        (label, layer, seed): tuple(some)
         for label, maker in makers.items()
         if not isinstance(maker, Injection)
         for layer, seed in product(numbers, drawn)
+        if (some := maker(layer, seed)) is not None
     }
-    # Every kind of operation at once: what any of them needs, the backend has.
     kinds = {label: some for (label, _, _), some in made.items()}
+    for label, maker in makers.items():
+        if label not in kinds and not isinstance(maker, Injection):
+            raise LeattnError(f"{label!r} has nothing to measure at layers {list(numbers)}; name others")
+    # Every kind of operation at once: what any of them needs, the backend has.
     chosen = one_backend(model, prompts[0], [operation for some in kinds.values() for operation in some], backend)
     if file is not None:
         _check_spelling(kinds)
@@ -122,7 +130,7 @@ def sweep(
             sources = sorted(checked_layers("Injection", maker.source_layers, count))
             cells += [_Cell(label, layer, a, None, (), donor) for a, layer in product(sources, numbers)]
         else:
-            cells += [_Cell(label, b, None, seed, made[label, b, seed], None) for b, seed in product(numbers, drawn)]
+            cells += [_Cell(label, b, None, seed, some, None) for (name, b, seed), some in made.items() if name == label]
 
     settings: dict[str, Any] = {
         "model": model_digest(model),

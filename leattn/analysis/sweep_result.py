@@ -89,6 +89,10 @@ class SweepResult:
             point.setdefault(row.prompt, []).append(row.value)
         return points
 
+    def measured(self, operation: str) -> tuple[int, ...]:
+        """The layers at which an operation was measured: all, but those where it has nothing to run."""
+        return tuple(sorted({layer for name, layer, _, _ in self._points if name == operation and layer is not None}))
+
     def source_layers(self, operation: str) -> tuple[int, ...]:
         """The layers an injection took states from; empty for other operations."""
         return tuple(sorted({source for name, _, source, _ in self._points if name == operation and source is not None}))
@@ -109,7 +113,7 @@ class SweepResult:
         if values is None:
             raise LeattnError(
                 f"nothing was measured for layer {layer}, source_layer {source_layer} and target {target!r} of {operation!r}; "
-                f"its layers are {list(self.layers)}, its source layers {list(self.source_layers(operation))}"
+                f"its layers are {list(self.measured(operation))}, its source layers {list(self.source_layers(operation))}"
             )
         means = np.array([np.mean(column) for column in values.values()])
         mean = float(means.mean())
@@ -146,8 +150,12 @@ class SweepResult:
         rows = []
         for operation, source, target in points:
             name = operation if source is None else f"{operation} from {source}, {target}"
-            means = (self.mean(operation, layer, source_layer=source, target=target) for layer in self.layers)
-            rows.append([name, *(f"{mean:.3f}" for mean in means)])
+            there = self.measured(operation)
+            means = (
+                f"{self.mean(operation, layer, source_layer=source, target=target):.3f}" if layer in there else ""
+                for layer in self.layers
+            )
+            rows.append([name, *means])
         return ["layer", *map(str, self.layers)], rows
 
 

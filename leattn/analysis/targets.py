@@ -69,6 +69,18 @@ def target_logits(
     return [logits[row, : len(target)] for row, target in enumerate(targets)]
 
 
+@torch.no_grad()
+def last_logits(
+    model: Any, prompts: Sequence[CompiledPrompt], count: int, operations: Sequence[Operation], *, backend: str | Backend
+) -> list[torch.Tensor]:
+    """One forward pass over a batch: the logits of each prompt's last ``count`` tokens, float32 ``[count, V]``."""
+    with intervene(model, prompts, operations, backend=backend) as attention:
+        ids = attention.inputs["input_ids"]
+        rows = range(ids.shape[1] - count, ids.shape[1])
+        logits = attention.record.run(model, ids, rows, use_cache=False).logits.float()
+    return list(logits)
+
+
 def token_losses(logits: torch.Tensor, target: Sequence[int]) -> torch.Tensor:
     """Cross-entropy in nats of each target token, float64 ``[T]`` on the CPU, from logits ``[T, V]``."""
     labels = torch.tensor(target, device=logits.device)

@@ -29,11 +29,13 @@ class TokenWeights:
     """Attention between the tokens of two nodes.
 
     ``weights`` ``[L, H, Q, K]`` are whole where a node has up to 512 tokens; a longer side is cut into cells of ``pool``
-    (query, key) tokens, each the largest weight in it.
+    (query, key) tokens, each the largest weight in it. ``scores``, if asked for, are what the softmax is taken of, in the same
+    cells; −inf where a query does not see a key.
     """
 
     weights: torch.Tensor
     pool: tuple[int, int]
+    scores: torch.Tensor | None = None
 
     def __repr__(self) -> str:
         return f"TokenWeights({list(self.weights.shape)}, pool {self.pool})"
@@ -59,8 +61,13 @@ class Trace:
         ``[L, S]``. Euclidean norm of each token's hidden state at the input of the layer.
     key_norms, value_norms : Tensor
         ``[L, G, S]``. Norms of keys (after RoPE) and values.
+    mean_key_norms, mean_value_norms : Tensor
+        ``[L, S]``. Norms of the mean over the heads of keys and of values, where :attr:`key_norms` are norms by head.
     tokens : mapping of (str, str) to TokenWeights
         The pairs of nodes asked for, by name: query, key.
+    scores : Tensor or None
+        With ``scores=True`` and no pair: ``[L, H, Q, K]``, the scores of all tokens before the softmax, as in
+        :class:`TokenWeights`.
     backend, model, dtype : str
         What ran.
     """
@@ -72,10 +79,13 @@ class Trace:
     hidden_norms: torch.Tensor
     key_norms: torch.Tensor
     value_norms: torch.Tensor
+    mean_key_norms: torch.Tensor
+    mean_value_norms: torch.Tensor
     tokens: Mapping[tuple[str, str], TokenWeights]
     backend: str
     model: str
     dtype: str
+    scores: torch.Tensor | None = None
 
     @property
     def roots(self) -> tuple[str, ...]:
@@ -103,6 +113,7 @@ def trace(
     *,
     layers: Layers | None = None,
     tokens: NodePair | Sequence[NodePair] = (),
+    scores: bool = False,
     operations: Sequence[Operation] = (),
     backend: str | Backend = "auto",
     tile_bytes: int = TILE_BYTES,
@@ -122,6 +133,9 @@ def trace(
         Which to keep; all of them for None. The way to trace many nodes in parts.
     tokens
         A pair of nodes (query, key), or several, whose weights are kept token by token.
+    scores
+        Keep what the softmax is taken of, too: scaled, soft-capped and changed by operations as it is in the model. Of the
+        pairs in ``tokens``, or of the whole prompt where there are none; then ``layers`` says of which.
     operations
         Run under :func:`leattn.interventions.intervene` with these, and see what they do; also where such a block is already
         open around the call. A layer of ``SkipAttention`` shows the attention that is thrown away.
@@ -162,14 +176,18 @@ def trace(
     if not kept:
         raise LeattnError("layers=[] keeps nothing; leave it out for all layers")
     pairs = _pairs(prompt, tokens)
-    _footprint(base, prompt, kept, list(pairs.values())).check(record.device)
-    tracer = Tracer(prompt, kept, list(pairs.values()), tile_bytes)
+    everything = Pair(range(len(prompt)), range(len(prompt)))
+    scored = (list(pairs.values()) or [everything]) if scores else []
+    _footprint(base, prompt, kept, [*pairs.values(), *scored]).check(record.device)
+    tracer = Tracer(prompt, kept, list(pairs.values()), scored, tile_bytes)
     with torch.no_grad(), watched(model, record, prompt, operations, backend, tracer) as attention:
         # Not the model itself: logits of a long prompt over a large vocabulary are the largest tensor of all.
         base(**attention.inputs, use_cache=False)
     missing = sorted(tracer.mass.missing | tracer.hidden.missing)
     if missing:
         raise BackendError(f"layers {missing} of {record.facts.family} ran no attention that trace could see; leave them out")
+    raw = [rows.whole for rows in tracer.scores]
+    of_pairs = raw if pairs and scores else [None] * len(pairs)
     return Trace(
         prompt=prompt,
         layers=tuple(kept),
@@ -178,9 +196,13 @@ def trace(
         hidden_norms=tracer.hidden.whole,
         key_norms=tracer.keys.whole,
         value_norms=tracer.values.whole,
+        mean_key_norms=tracer.mean_keys.whole,
+        mean_value_norms=tracer.mean_values.whole,
         tokens={
-            name: TokenWeights(rows.whole, pair.pool) for (name, pair), rows in zip(pairs.items(), tracer.tokens, strict=True)
+            name: TokenWeights(rows.whole, pair.pool, of_pair)
+            for (name, pair), rows, of_pair in zip(pairs.items(), tracer.tokens, of_pairs, strict=True)
         },
+        scores=raw[0] if scores and not pairs else None,
         backend=attention.backend.name,
         model="/".join(PurePath(str(base.config.name_or_path)).parts[-2:]) or type(model).__name__,
         dtype=str(base.dtype).removeprefix("torch."),

@@ -40,11 +40,14 @@ class Tracer:
     ``inner`` is what was around the attention before, and does its work first.
     """
 
-    def __init__(self, prompt: CompiledPrompt, layers: Sequence[int], pairs: Sequence[Pair], tile_bytes: int) -> None:
-        self.prompt, self.layers, self.pairs, self.tile_bytes = prompt, layers, pairs, tile_bytes
+    def __init__(
+        self, prompt: CompiledPrompt, layers: Sequence[int], pairs: Sequence[Pair], scored: Sequence[Pair], tile_bytes: int
+    ) -> None:
+        self.prompt, self.layers, self.pairs, self.scored, self.tile_bytes = prompt, layers, pairs, scored, tile_bytes
         self.inner: Any = None
         self.mass, self.first_tokens, self.hidden, self.keys, self.values = (Rows(layers) for _ in range(5))
-        self.tokens = [Rows(layers) for _ in pairs]
+        self.mean_keys, self.mean_values = Rows(layers), Rows(layers)
+        self.tokens, self.scores = [Rows(layers) for _ in pairs], [Rows(layers) for _ in scored]
         self._added: torch.Tensor | None = None
 
     def before(self, call: Call) -> Any:
@@ -62,14 +65,25 @@ class Tracer:
         self._added = None
         request = call.request
         folded = fold(
-            scores, self.prompt.offsets, request.columns, window=request.window, pairs=self.pairs, tile_bytes=self.tile_bytes
+            scores,
+            self.prompt.offsets,
+            request.columns,
+            window=request.window,
+            pairs=self.pairs,
+            scored=self.scored,
+            tile_bytes=self.tile_bytes,
         )
         self.mass.put(call.layer, folded.mass)
         self.first_tokens.put(call.layer, folded.first_tokens)
         for rows, weights in zip(self.tokens, folded.pairs, strict=True):
             rows.put(call.layer, weights)
-        self.keys.put(call.layer, call.key[0].float().norm(dim=-1))
-        self.values.put(call.layer, call.value[0].float().norm(dim=-1))
+        for rows, raw in zip(self.scores, folded.scores, strict=True):
+            rows.put(call.layer, raw)
+        key, value = call.key[0].float(), call.value[0].float()  # [G, S, D]
+        self.keys.put(call.layer, key.norm(dim=-1))
+        self.values.put(call.layer, value.norm(dim=-1))
+        self.mean_keys.put(call.layer, key.mean(0).norm(dim=-1))
+        self.mean_values.put(call.layer, value.mean(0).norm(dim=-1))
 
     def hook(self, attention: Block, layer: int) -> Any:
         """To go before a layer, after whatever edits its input."""

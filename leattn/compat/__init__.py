@@ -9,12 +9,17 @@ from leattn.compat.le_attention import (
     upstream_nodes,
     visualize_attention_matrix,
 )
+from leattn.compat.le_nodes import aggregate_attention_matrix, build_adjacency_matrix, is_in, make_and_viz_dag
 
 __all__ = [
+    "aggregate_attention_matrix",
+    "build_adjacency_matrix",
     "build_attention_matrix",
     "from_atman",
     "from_attend_first",
     "generate_flex_attention_mask_mod",
+    "is_in",
+    "make_and_viz_dag",
     "prepare_inputs",
     "print_dag",
     "upstream_nodes",

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +20,7 @@ import torch
 from leattn.dag.draw import draw
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode, whole_number
+from leattn.dag.tokens import tokenized_with
 from leattn.errors import LeattnError
 from leattn.prompt.compile import CompiledPrompt, compile_prompt
 from leattn.prompt.masks import MaskMod
@@ -28,9 +28,6 @@ from leattn.prompt.masks import MaskMod
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from transformers import PreTrainedTokenizerBase
-
-_tokenizers: WeakKeyDictionary[ICLNode, PreTrainedTokenizerBase | None] = WeakKeyDictionary()
-"""The tokenizer each node was last given to ``build_attention_matrix`` with. Never tokens: another one means others."""
 
 
 def upstream_nodes(leaf_node: ICLNode) -> list[ICLNode]:
@@ -45,12 +42,13 @@ def upstream_nodes(leaf_node: ICLNode) -> list[ICLNode]:
     return list(ICLGraph(leaf_node).nodes)
 
 
-def print_dag(leaf_node: ICLNode, output_character_limit: int = 10) -> str:
+def print_dag(leaf_node: ICLNode, output_character_limit: int = 10, repeat_shared: bool = False) -> str:
     """The graph above a node as a tree of names, each cut after ``output_character_limit`` characters.
 
-    Returns the text; it is the caller who prints it. What several nodes see is drawn once.
+    Returns the text; it is the caller who prints it. What several nodes see is drawn once; with ``repeat_shared=True`` again
+    under each of them, as LE-ATTENTION prints it, up to some hundred lines.
     """
-    return draw([leaf_node], ICLGraph(leaf_node).names, name_limit=output_character_limit)
+    return draw([leaf_node], ICLGraph(leaf_node).names, name_limit=output_character_limit, repeat=repeat_shared)
 
 
 def build_attention_matrix(
@@ -79,7 +77,8 @@ def build_attention_matrix(
     prompt = compile_prompt(leaf_node, tokenizer, positions="restart")
     nodes = list(prompt.graph.nodes)
     for node in nodes:
-        _tokenizers[node] = tokenizer
+        if tokenizer is not None:
+            tokenized_with[node] = tokenizer
     matrix = prompt.dense_mask().numpy().astype(np.int64) if materialize_attention_matrix else None
     return matrix, nodes, list(prompt.spans.values()), list(prompt.graph.names.values())
 
@@ -90,7 +89,7 @@ def prepare_inputs(
     """Token ids and positions of some nodes one after the other, ``[1, S]`` each.
 
     Positions start at 0 in every node, unless ``start_pos_id`` or ``end_pos_id`` say otherwise. Nodes that
-    :func:`build_attention_matrix` has seen keep the tokenizer it was last given; others take ``tokenizer``.
+    :func:`build_attention_matrix` or ``tokenize`` has seen keep the tokenizer they were last given; others take ``tokenizer``.
 
     Raises
     ------
@@ -105,7 +104,7 @@ def prepare_inputs(
     """
     if isinstance(nodes, ICLNode):
         raise LeattnError(
-            f"prepare_inputs takes a list of nodes; write prepare_inputs([{nodes}]) or give upstream_nodes({nodes})"
+            f"prepare_inputs takes a list of nodes; write prepare_inputs([{str(nodes)!r}]) or give its upstream_nodes"
         )
     graph = ICLGraph(*nodes)
     prompt = compile_prompt(graph, _last_tokenizer(graph) if tokenizer is None else tokenizer, positions="restart")
@@ -116,11 +115,11 @@ def prepare_inputs(
 def _last_tokenizer(graph: ICLGraph) -> PreTrainedTokenizerBase | None:
     """The one tokenizer that all text in the graph was last built with; None if there is no text."""
     texts = [node for node in graph if isinstance(node.content, str)]
-    tokenizers = {id(_tokenizers.get(node)): _tokenizers.get(node) for node in texts}
-    unknown = next((node for node in texts if _tokenizers.get(node) is None), None)
+    tokenizers = {id(tokenized_with.get(node)): tokenized_with.get(node) for node in texts}
+    unknown = next((node for node in texts if tokenized_with.get(node) is None), None)
     if unknown is not None:
         raise LeattnError(
-            f"no tokenizer is known for node {unknown}, which holds text; "
+            f"no tokenizer is known for node {str(unknown)!r}, which holds text; "
             "call build_attention_matrix(leaf, tokenizer) before, or give tokenizer="
         )
     if len(tokenizers) > 1:
@@ -148,7 +147,9 @@ def visualize_attention_matrix(
     matrix: npt.ArrayLike,
     start_end_pos: Sequence[tuple[int, int]],
     names: Sequence[str],
+    grid_spacing: float = 0.05,
     size_ratio: float = 1.0,
+    show_legend: bool = False,
     save_dir: str | Path | None = None,
 ) -> Axes:
     """Draw what :func:`build_attention_matrix` returned: queries downwards, keys to the right, grey where masked.
@@ -159,8 +160,12 @@ def visualize_attention_matrix(
         ``[S, S]``, rows are queries.
     start_end_pos, names
         ``(start, end)`` in tokens and the name of each node.
+    grid_spacing
+        The white space between two cells, in parts of a cell.
     size_ratio
         Pixels per inch, in parts of what pictures of leattn have.
+    show_legend
+        Say what 0 and 1 look like, the latter for the first node.
     save_dir
         The picture's file, as in LE-ATTENTION; its folder is made where it is missing. Nothing is written without it.
 
@@ -180,12 +185,24 @@ def visualize_attention_matrix(
     'attention mask: 2 tokens, 1 node, density 1.00'
     """
     from leattn.viz import plot_mask
-    from leattn.viz.style import DPI
+    from leattn.viz.style import DPI, MASKED, node_colours
 
     if size_ratio <= 0:
         raise LeattnError(f"size_ratio={size_ratio} is no size; give a number above 0")
+    if not 0 <= grid_spacing < 1:
+        raise LeattnError(f"grid_spacing={grid_spacing} leaves no cells; give a number from 0 to below 1")
     ax = plot_mask(_prompt_of(matrix, start_end_pos, names))
     figure: Any = ax.figure
+    size = len(np.asarray(matrix))
+    cell = 72 * ax.get_position().height * figure.get_size_inches()[1] / size  # in points
+    inner = np.arange(1, size)
+    style: dict[str, Any] = {"colors": "white", "linewidths": grid_spacing * cell, "zorder": 1.6}
+    ax.vlines(inner, 0, size, **style)
+    ax.hlines(inner, 0, size, **style)
+    if show_legend:
+        colours = {"0": MASKED, "1": node_colours(len(names))[0]}
+        handles = [ax.scatter([], [], marker="s", color=colour, label=value) for value, colour in colours.items()]
+        figure.legend(handles=handles, loc="upper right", title="Binary Values")
     figure.set_dpi(figure.dpi * size_ratio)
     if save_dir is not None:
         Path(save_dir).parent.mkdir(parents=True, exist_ok=True)

@@ -169,7 +169,7 @@ def as_root(root: Root | None, tokenizer: PreTrainedTokenizerBase | None = None)
     return (root,)
 
 
-def _seen(parents: Iterable[ICLNode], root: Root | None) -> Sequence[ICLNode]:
+def _seen(parents: Iterable[ICLNode | Read], root: Root | None) -> Sequence[ICLNode]:
     first = as_root(root)
     return as_parents(parents) or first
 

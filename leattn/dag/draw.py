@@ -11,7 +11,7 @@ MAX_LINES = 400
 MAX_DEPTH = 120
 
 
-def draw(sinks: Sequence[ICLNode], names: Mapping[ICLNode, str], *, name_limit: int = 100) -> str:
+def draw(sinks: Sequence[ICLNode], names: Mapping[ICLNode, str], *, name_limit: int = 100, repeat: bool = False) -> str:
     """One line per edge to a node not drawn before; a later edge to a drawn node that has parents ends in ``↑``.
 
     Parameters
@@ -20,6 +20,8 @@ def draw(sinks: Sequence[ICLNode], names: Mapping[ICLNode, str], *, name_limit: 
         Where to start. Each is a tree of its own.
     names
         The text of each node, cut after ``name_limit`` characters.
+    repeat
+        Draw what is above a node again wherever the node is seen: a line per path, and no ``↑``.
 
     Notes
     -----
@@ -34,7 +36,7 @@ def draw(sinks: Sequence[ICLNode], names: Mapping[ICLNode, str], *, name_limit: 
             lines.append(f"… {len(names) - len(drawn)} more nodes")
             break
         node, prefix, is_last, depth = stack.pop()
-        repeated = node in drawn
+        repeated = node in drawn and not repeat
         drawn.add(node)
         label = (" ".join(names[node][:name_limit].split()) or repr(names[node])) + mark(node)
         lines.append(prefix + ("└── " if is_last else "├── ") + label + (" ↑" if repeated and node.parents else ""))

@@ -108,15 +108,15 @@ class GenNode(ICLNode):
         super()._check()
         limit = self.max_new_tokens
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-            raise CompileError(f"node {self} has max_new_tokens={limit!r}; give a whole number from 1 up")
+            raise CompileError(f"node {str(self)!r} has max_new_tokens={limit!r}; give a whole number from 1 up")
         for text in self.stop:
             if not isinstance(text, str):
-                raise CompileError(f"node {self} has the stop string {text!r}; give text, or a list of texts")
+                raise CompileError(f"node {str(self)!r} has the stop string {text!r}; give text, or a list of texts")
             if not text:
-                raise CompileError(f"node {self} has an empty stop string, which would end it at once; leave it out")
+                raise CompileError(f"node {str(self)!r} has an empty stop string, which would end it at once; leave it out")
         for name in self.sampling:
             if name in _ELSEWHERE:
-                raise CompileError(f"node {self} has {name}={self.sampling[name]!r}, but {_ELSEWHERE[name]}")
+                raise CompileError(f"node {str(self)!r} has {name}={self.sampling[name]!r}, but {_ELSEWHERE[name]}")
 
     def __repr__(self) -> str:
         options = {"max_new_tokens": self.max_new_tokens, **({"stop": self.stop} if self.stop else {}), **self.sampling}

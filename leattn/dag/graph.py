@@ -82,7 +82,7 @@ class ICLGraph:
         """The node with this name; a node of the graph is returned as it is."""
         if isinstance(key, ICLNode):
             if key not in self.index:
-                raise GraphError(f"node {key} is not in this graph of {len(self)} nodes")
+                raise GraphError(f"node {str(key)!r} is not in this graph of {len(self)} nodes")
             return key
         if key not in self._by_name:
             some = ", ".join(repr(name) for name in list(self._by_name)[:8]) + (", ..." if len(self) > 8 else "")

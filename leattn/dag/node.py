@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from leattn.dag.reading import Read
-from leattn.dag.tokens import tokenize_all
+from leattn.dag.tokens import tokenize_all, tokenized_with
 from leattn.errors import CompileError, GraphError, LeattnError, choices
 
 if TYPE_CHECKING:
@@ -102,9 +102,9 @@ class ICLNode:
         content: str | Iterable[int] | torch.Tensor,
         parents: Iterable[ICLNode | Read] | None = (),
         id: str | None = None,
-        *,
         start_pos_id: int | None = None,
         end_pos_id: int | None = None,
+        *,
         special_tokens: Literal["parse", "text"] = "parse",
     ) -> None:
         put = object.__setattr__
@@ -130,12 +130,13 @@ class ICLNode:
         if self.id == "":
             raise GraphError("the id of a node is empty; leave it out to let the graph name the node")
         if not self.content:
-            raise CompileError(f"node {self} has no content; give it text or token ids, or remove it")
+            raise CompileError(f"node {str(self)!r} has no content; give it text or token ids, or remove it")
         if self.special_tokens not in ("parse", "text"):
             raise LeattnError(choices("special_tokens", self.special_tokens, ("parse", "text")))
         if self.start_pos_id is not None and self.end_pos_id is not None:
             raise CompileError(
-                f"node {self} has both start_pos_id={self.start_pos_id} and end_pos_id={self.end_pos_id}; give one of them"
+                f"node {str(self)!r} has both start_pos_id={self.start_pos_id} and end_pos_id={self.end_pos_id}; "
+                "give one of them"
             )
         for name in ("start_pos_id", "end_pos_id"):
             value = getattr(self, name)
@@ -143,9 +144,9 @@ class ICLNode:
                 continue
             position = whole_number(value)
             if position is None:
-                raise CompileError(f"node {self} has {name}={value!r}; give a whole number")
+                raise CompileError(f"node {str(self)!r} has {name}={value!r}; give a whole number")
             if position < 0:
-                raise CompileError(f"node {self} has {name}={value}; positions start at 0")
+                raise CompileError(f"node {str(self)!r} has {name}={value}; positions start at 0")
             object.__setattr__(self, name, position)
 
     @property
@@ -160,15 +161,52 @@ class ICLNode:
             return self.content[:10]
         return ("ids " + " ".join(map(str, self.content)))[:10].rstrip()
 
-    def tokenize(self, tokenizer: PreTrainedTokenizerBase | None = None) -> torch.Tensor:
+    def tokenize(self, tokenizer: PreTrainedTokenizerBase | None = None, remove_bos_token: bool = True) -> torch.Tensor:
         """Token ids of this node alone, ``[n]`` int64, nothing added in front or behind.
 
-        ``tokenizer`` may be left out if the content is token ids already.
+        ``tokenizer`` may be left out if the content is token ids already. ``remove_bos_token=False`` leaves the BOS token in
+        front of text where the tokenizer puts one; nothing else that leattn makes of the node has it.
         """
-        return torch.tensor(tokenize_all([self], tokenizer)[0], dtype=torch.long)
+        ids = tokenize_all([self], tokenizer)[0]
+        if tokenizer is not None:
+            tokenized_with[self] = tokenizer
+            if not remove_bos_token and isinstance(self.content, str) and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]:
+                ids = [tokenizer.bos_token_id, *ids]
+        return torch.tensor(ids, dtype=torch.long)
+
+    @property
+    def token_ids(self) -> torch.Tensor | None:
+        """Token ids ``[n]`` by the tokenizer that :meth:`tokenize` was last given; None for text before that."""
+        tokenizer = tokenized_with.get(self)
+        return None if tokenizer is None and isinstance(self.content, str) else self.tokenize(tokenizer)
+
+    @property
+    def position_ids(self) -> torch.Tensor | None:
+        """Positions ``[n]`` of the node by itself: from 0, or as it is pinned; None where :attr:`token_ids` is."""
+        ids = self.token_ids
+        if ids is None:
+            return None
+        start = (self.start_pos_id or 0) if self.end_pos_id is None else self.end_pos_id - len(ids)
+        return torch.arange(start, start + len(ids))
+
+    def get_parents_input_position_ids(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Token ids and positions of the parents and then of this node, ``[1, S]`` each; None without parents.
+
+        Raises
+        ------
+        LeattnError
+            A text among them that :meth:`tokenize` was never given a tokenizer for.
+        """
+        chain = [*self.parents, self]
+        for node in chain:
+            if node.token_ids is None:
+                raise LeattnError(f"node {str(node)!r} was not tokenized yet; call its tokenize(tokenizer) before")
+        ids, positions = ([getattr(node, name) for node in chain] for name in ("token_ids", "position_ids"))
+        return (torch.cat(ids)[None], torch.cat(positions)[None]) if self.parents else None
 
     def __str__(self) -> str:
-        return repr(self.id if self.id is not None else self.default_name)
+        """Its id, or its default name."""
+        return self.default_name if self.id is None else self.id
 
     def __repr__(self) -> str:
         return f"ICLNode({self._described()})"
@@ -177,7 +215,7 @@ class ICLNode:
         content = self.content if isinstance(self.content, str) else list(self.content)
         shown = repr(content)
         shown = shown if len(shown) <= 40 else shown[:37] + "..."
-        parents = ", ".join(str(parent) for parent in self.parents[:4]) + (", ..." if len(self.parents) > 4 else "")
+        parents = ", ".join(repr(str(parent)) for parent in self.parents[:4]) + (", ..." if len(self.parents) > 4 else "")
         return f"{shown}, parents=[{parents}], id={self.id!r}"
 
 
@@ -232,7 +270,7 @@ def as_parents(parents: Iterable[ICLNode | Read] | None) -> Sequence[ICLNode]:
     if isinstance(parents, Prefix | ReadParents):
         return parents
     if isinstance(parents, ICLNode):
-        raise GraphError(f"parents is a list of nodes; write parents=[{parents}]")
+        raise GraphError(f"parents is a list of nodes; write parents=[{str(parents)!r}]")
     given = tuple(parents or ())
     groups = tuple(parent for parent in given if isinstance(parent, Read))
     nodes: tuple[ICLNode, ...] = given  # type: ignore[assignment]
@@ -245,7 +283,7 @@ def as_parents(parents: Iterable[ICLNode | Read] | None) -> Sequence[ICLNode]:
             raise GraphError(f"a parent is an ICLNode that exists already, not {parent!r}")
     if len(set(map(id, nodes))) != len(nodes):
         twice = next(parent for i, parent in enumerate(nodes) if any(parent is other for other in nodes[:i]))
-        raise GraphError(f"parent {twice} is given twice; an edge exists or it does not")
+        raise GraphError(f"parent {str(twice)!r} is given twice; an edge exists or it does not")
     return nodes
 
 

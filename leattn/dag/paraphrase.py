@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeGuard, cast
 
 import torch
 
@@ -14,6 +14,8 @@ from leattn.dag.segments import Segment, TokenIds, as_segments, as_tokens, build
 from leattn.errors import GraphError, LeattnError, choices
 
 Pattern: TypeAlias = Literal["anchor", "shared", "isolated", "causal"]
+Segments: TypeAlias = Iterable[Segment | Mapping[str, Any]]
+PositionsAndMetadata: TypeAlias = tuple[Sequence[Sequence[int]], Sequence[Mapping[str, Any]]]
 PATTERNS = ("anchor", "shared", "isolated", "causal")
 
 
@@ -95,7 +97,7 @@ def paraphrase_group(
     return ICLGraph(ICLNode(answer, [*nodes, *asked], "answer"))
 
 
-def paraphrase_segments(input_ids: TokenIds, segments: Iterable[Segment | Mapping[str, Any]], *, pattern: Pattern) -> ICLGraph:
+def paraphrase_segments(input_ids: TokenIds, segments: Segments | PositionsAndMetadata, *, pattern: Pattern) -> ICLGraph:
     """Paraphrase groups within one tokenized text. Ids and positions stay those of the text.
 
     Parameters
@@ -103,7 +105,11 @@ def paraphrase_segments(input_ids: TokenIds, segments: Iterable[Segment | Mappin
     input_ids, segments
         As for :func:`leattn.from_segments`, but without ``parents``, which follow from the pattern. A question has the
         metadata ``{"type": "question", "paraphrase_idx": i}`` and, if the text holds several groups, ``"group"`` (default
-        0). Index 0 comes first in the text of its group. Every other segment is context.
+        0). Index 0 comes first in the text of its group. Segments with one index are pieces of one question, which see those
+        before them whatever stands between. Every other segment is context.
+
+        Or the two lists of the published recipe, ``(positions, metadata)``: a pair ``(start, end)`` and a mapping for each
+        segment. There only a question's ``paraphrase_idx`` counts, and what no segment covers (separators, BOS) is context.
     pattern
         As for :func:`paraphrase_group`, for each group. In all patterns a context segment sees everything before it, also
         the questions: so does the answer, and whatever stands between or after groups. In all but ``"causal"``, groups never
@@ -115,8 +121,8 @@ def paraphrase_segments(input_ids: TokenIds, segments: Iterable[Segment | Mappin
     LeattnError
         An unknown pattern.
     GraphError
-        What :func:`leattn.from_segments` raises; an index that is missing, given twice in a group, or not on a question; a
-        group whose first question in the text has not index 0; ``parents``.
+        What :func:`leattn.from_segments` raises; an index that is missing, or not on a question; a group whose first question
+        in the text has not index 0; ``parents``; two lists of different lengths.
 
     Examples
     --------
@@ -139,38 +145,60 @@ def paraphrase_segments(input_ids: TokenIds, segments: Iterable[Segment | Mappin
     """
     _check(pattern)
     tokens = as_tokens(input_ids)
-    given = as_segments(segments)
+    given = as_segments(_of_the_recipe(*segments, len(tokens)) if _is_recipe(segments) else cast("Segments", segments))
     rank = in_text_order(given, len(tokens))
     ordered = [given[i] for i in sorted(range(len(given)), key=rank.__getitem__)]
     groups = [_group(segment) for segment in ordered]
     seen: list[Sequence[int]] = []
-    first: dict[int | str, int] = {}
-    taken: dict[int | str, set[int]] = {}
+    pieces: dict[int | str, dict[int, list[int]]] = {}
+    shared: dict[int | str, list[int]] = {}
     for i, (segment, group) in enumerate(zip(ordered, groups, strict=True)):
         if group is None:
             seen.append(range(i))
             continue
         index = segment.metadata["paraphrase_idx"]
-        if group not in first and index != 0:
+        if group not in pieces and index != 0:
             raise GraphError(
                 f"the first question of group {group!r} in the text, {_where(segment)}, has paraphrase_idx {index}; "
                 "index 0 comes first"
             )
-        if index in taken.setdefault(group, set()):
-            raise GraphError(f"{_where(segment)} has paraphrase_idx {index}, taken in group {group!r}; give each its own")
-        taken[group].add(index)
-        opens = group not in first
-        first.setdefault(group, i)
+        if group not in pieces:
+            shared[group] = [j for j in range(i) if groups[j] is None]
+        questions = pieces.setdefault(group, {})
+        own = questions.setdefault(index, [])
         if pattern == "causal":
             seen.append(range(i))
         elif pattern == "anchor":
-            seen.append([] if opens else [first[group]])
-        elif pattern == "isolated":
-            seen.append([])
+            seen.append(sorted({*questions[0], *own}))
         else:
-            shared = [j for j in range(i) if groups[j] is None]
-            seen.append(shared if opens else seen[first[group]])
+            seen_by_all = shared[group] if pattern == "shared" else []
+            seen.append([*seen_by_all, *own] if own else seen_by_all)
+        own.append(i)
     return build(tokens, ordered, seen)
+
+
+def _is_recipe(segments: Any) -> TypeGuard[PositionsAndMetadata]:
+    """A pair of lists, of which the first holds pairs: no segments, which are mappings."""
+    if not isinstance(segments, tuple) or len(segments) != 2:
+        return False
+    return not any(isinstance(part, (Segment, Mapping)) for part in segments)
+
+
+def _of_the_recipe(positions: Sequence[Any], metadata: Sequence[Any], size: int) -> list[Segment]:
+    """Its segments, and the gaps between them as context."""
+    if len(positions) != len(metadata):
+        raise GraphError(
+            f"there are {len(positions)} positions and {len(metadata)} metadata; give a pair (start, end) and a mapping each"
+        )
+    found = []
+    for place, about in zip(positions, metadata, strict=True):
+        if isinstance(place, (str, Mapping)) or len(place) != 2 or not isinstance(about, Mapping):
+            raise GraphError(f"positions has {place!r} and metadata {about!r}; give a pair (start, end) and a mapping")
+        kind, (start, end) = about.get("type"), place
+        found.append(Segment(start, end, metadata=about if kind == "question" else {"type": kind}))
+    bounds = [0, *(bound for one in sorted(found, key=lambda one: one.start) for bound in (one.start, one.end)), size]
+    gaps = [Segment(start, end) for start, end in zip(bounds[::2], bounds[1::2], strict=True) if start < end]
+    return [*found, *gaps]
 
 
 def _check(pattern: str) -> None:
@@ -187,13 +215,15 @@ def _context(context: Any, root: Sequence[ICLNode]) -> Sequence[ICLNode]:
     texts: list[Any] = items[len(given) :]
     late = next((item for item in texts if isinstance(item, ICLNode)), None)
     if late is not None:
-        raise GraphError(f"node {late} stands after a text in the context; nodes exist already, so put them before the texts")
+        raise GraphError(
+            f"node {str(late)!r} stands after a text in the context; nodes exist already, so put them before the texts"
+        )
     nodes = list(ICLGraph(*root, *given).nodes) if root or given else []
     other = next((node for node in nodes if root and not node.parents and node is not root[0]), None)
     if other is not None:
         raise GraphError(
-            f"node {other} of the context sees nothing, and nodes keep the parents they have; build it with parents=[root], "
-            "and give that same node as root"
+            f"node {str(other)!r} of the context sees nothing, and nodes keep the parents they have; build it with "
+            "parents=[root], and give that same node as root"
         )
     ids = ["context"] if len(texts) == 1 else [f"context {i}" for i in range(1, len(texts) + 1)]
     before = [*nodes, *causal(texts, nodes, ids=ids)]

@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
 
 from leattn.errors import CompileError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+tokenized_with: WeakKeyDictionary[Any, PreTrainedTokenizerBase] = WeakKeyDictionary()
+"""The tokenizer each node was last given to be tokenized by itself. Never tokens: another one means others."""
 
 
 class Chunk(Protocol):
@@ -36,12 +40,12 @@ def tokenize_all(nodes: Sequence[Chunk], tokenizer: PreTrainedTokenizerBase | No
         if not picked:
             continue
         if tokenizer is None:
-            raise CompileError(f"node {nodes[picked[0]]} holds text; give a tokenizer, or token ids as content")
+            raise CompileError(f"node {str(nodes[picked[0]])!r} holds text; give a tokenizer, or token ids as content")
         for i, ids in zip(picked, encode([nodes[i] for i in picked], tokenizer), strict=True):
             result[i] = ids
     for node, ids in zip(nodes, result, strict=True):
         if not ids:
-            raise CompileError(f"node {node} tokenizes to 0 tokens; give it text or remove it")
+            raise CompileError(f"node {str(node)!r} tokenizes to 0 tokens; give it text or remove it")
     return result
 
 
@@ -90,8 +94,8 @@ def _check_pieces(
         if found:
             names = ", ".join(repr(control[token]) for token in sorted(found))
             raise CompileError(
-                f"the text of node {node} holds {names}, also a piece of the tokenizer's own vocabulary, so that it cannot be "
-                "kept from becoming a control token; take it out of the text, or give token ids as content"
+                f"the text of node {str(node)!r} holds {names}, also a piece of the tokenizer's own vocabulary, so that it "
+                "cannot be kept from becoming a control token; take it out of the text, or give token ids as content"
             )
 
 

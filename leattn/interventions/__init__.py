@@ -1,15 +1,22 @@
 """Operations on a model while it runs a prompt: exact, composable, undone when their block ends."""
 
-from leattn.interventions.hidden import Freeze, Inject, RandomNoise, Shuffle, SkipAttention, States, capture
+from leattn.interventions.average import Average
+from leattn.interventions.capture import States, capture
+from leattn.interventions.draws import RandomNoise, Shuffle
+from leattn.interventions.hidden import Freeze, Inject, SkipAttention
 from leattn.interventions.intervene import intervene
 from leattn.interventions.operation import Operation, State, Subject
+from leattn.interventions.recorded import Edit, Recorded
 from leattn.interventions.scores import Suppress
 
 __all__ = [
+    "Average",
+    "Edit",
     "Freeze",
     "Inject",
     "Operation",
     "RandomNoise",
+    "Recorded",
     "Shuffle",
     "SkipAttention",
     "State",

@@ -1,4 +1,4 @@
-"""Operations on hidden states: Freeze, RandomNoise, Shuffle, SkipAttention, Inject, and capture.
+"""Operations on hidden states: Freeze, SkipAttention, Inject.
 
 After Ben Artzy and Schwartz, *Attend First, Consolidate Later* (arXiv 2409.03621). ``h_l[t]`` is the input of layer l at token
 t; layers count from 0.
@@ -6,17 +6,16 @@ t; layers count from 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
+from leattn.dag.node import ICLNode
 from leattn.errors import LeattnError, choices
-from leattn.generation.forward import forward
 from leattn.interventions.operation import Layers, Selection, State, Subject, checked_layers, checked_rows
 from leattn.interventions.where import Place, Where, tokens_at
-from leattn.prompt.compile import CompiledPrompt
 
 
 @dataclass(frozen=True)
@@ -56,80 +55,6 @@ class _Freeze:
             return hidden
         selected = self.selection.at(state.queries, state.repeats, hidden.device)
         return torch.where(selected[..., None], self.held.to(hidden.device), hidden)
-
-
-@dataclass(frozen=True)
-class RandomNoise:
-    """Once, at each of the layers: the tokens' states become random directions of the same norm.
-
-    ``h_k[t] := v · ‖h_k[t]‖ / ‖v‖`` with v standard normal in the model's dtype. The draw depends on the seed, the layer and
-    the token's index in its prompt, so that it is the same with and without a cache, alone and in a batch. A
-    ``torch.Generator`` as seed is drawn from once per :func:`intervene`.
-    """
-
-    layer: Layers
-    tokens: Where | None = None
-    seed: int | torch.Generator = 0
-    rows: Sequence[int] | None = None
-    generated: bool = False
-
-    def bind(self, subject: Subject) -> _PerToken:
-        seed = _seed(self.seed)
-
-        def noise(state: State, token: int, vector: torch.Tensor) -> torch.Tensor:
-            v = torch.randn(len(vector), generator=_generator(seed, state.layer, token)).to(vector)
-            scaled: torch.Tensor = v * (vector.norm() / v.norm())
-            return scaled
-
-        chosen = checked_layers("RandomNoise", self.layer, subject.layers)
-        return _PerToken(chosen, Selection.build(subject, self.tokens, self.rows, generated=self.generated), noise)
-
-
-@dataclass(frozen=True)
-class Shuffle:
-    """Once, at each of the layers: the **channels** of each token's state are permuted, a fresh permutation per token.
-
-    ``seeding="published"`` uses the CPU ``randperm(d)`` of a generator seeded with ``layer · t``, t the token's index.
-    """
-
-    layer: Layers
-    tokens: Where | None = None
-    seed: int | torch.Generator = 0
-    seeding: Literal["own", "published"] = "own"
-    rows: Sequence[int] | None = None
-    generated: bool = False
-
-    def bind(self, subject: Subject) -> _PerToken:
-        if self.seeding not in ("own", "published"):
-            raise LeattnError(choices("seeding", self.seeding, ("own", "published")))
-        seed = _seed(self.seed)
-
-        def shuffle(state: State, token: int, vector: torch.Tensor) -> torch.Tensor:
-            if self.seeding == "published":
-                generator = torch.Generator().manual_seed(state.layer * token)
-            else:
-                generator = _generator(seed, state.layer, token)
-            return vector[torch.randperm(len(vector), generator=generator).to(vector.device)]
-
-        chosen = checked_layers("Shuffle", self.layer, subject.layers)
-        return _PerToken(chosen, Selection.build(subject, self.tokens, self.rows, generated=self.generated), shuffle)
-
-
-class _PerToken:
-    """Applies ``change(state, token index, vector [d]) → vector`` to the selected tokens of the chosen layers."""
-
-    def __init__(self, layers: frozenset[int], selection: Selection, change: Any) -> None:
-        self.layers, self.selection, self.change = layers, selection, change
-
-    def edit(self, state: State, hidden: torch.Tensor) -> torch.Tensor:
-        if state.layer not in self.layers:
-            return hidden
-        selected = self.selection.at(state.queries, state.repeats, hidden.device).nonzero().tolist()
-        if not selected:
-            return hidden
-        changed = [self.change(state, state.token_index(row, state.queries.start + i), hidden[row, i]) for row, i in selected]
-        where = tuple(torch.tensor(selected, device=hidden.device).T)
-        return hidden.index_put(where, torch.stack(changed))
 
 
 @dataclass(frozen=True)
@@ -213,55 +138,5 @@ class _Inject:
         return torch.cat([edited, hidden[:, mask.shape[1] :]], 1)
 
 
-@dataclass(frozen=True, eq=False)
-class States(Mapping[Place, torch.Tensor]):
-    """Hidden states of one layer on one prompt: ``states[node_or_id]`` is ``[n, d]``, ``states[index]`` is ``[d]``.
-
-    As a mapping it goes over the prompt's nodes, so that it can be given to :class:`Inject` whole.
-    """
-
-    prompt: CompiledPrompt
-    layer: int
-    hidden: torch.Tensor
-
-    def __getitem__(self, place: Place) -> torch.Tensor:
-        tokens = tokens_at(self.prompt, place)
-        return self.hidden[tokens[0]] if isinstance(place, int) else self.hidden[tokens]
-
-    def __iter__(self) -> Iterator[Place]:
-        return iter(self.prompt.graph.nodes)
-
-    def __len__(self) -> int:
-        return len(self.prompt.graph)
-
-
-def capture(model: Any, prompt: CompiledPrompt, *, layer: int, backend: str = "auto") -> States:
-    """The inputs of a layer on a prompt, for :class:`Inject`.
-
-    Examples
-    --------
-    >>> import leattn
-    >>> model, tokenizer = leattn.tiny.load()
-    >>> prompt = leattn.compile_prompt(leattn.ICLNode("The sky", id="a"), tokenizer)
-    >>> states = capture(model, prompt, layer=1)
-    >>> states["a"].shape == (len(prompt), model.config.hidden_size)
-    True
-    """
-    checked_layers("capture", layer, model.config.num_hidden_layers)
-    with torch.no_grad():
-        output = forward(model, prompt, backend=backend, output_hidden_states=True, use_cache=False)
-    return States(prompt, layer, output.hidden_states[layer][0])
-
-
-def _seed(seed: int | torch.Generator) -> int:
-    if isinstance(seed, torch.Generator):
-        return int(torch.randint(2**62, (1,), generator=seed, device=seed.device))
-    return seed
-
-
-def _generator(seed: int, layer: int, token: int) -> torch.Generator:
-    return torch.Generator().manual_seed(hash((seed, layer, token)) % 2**63)
-
-
 def _name(place: Place) -> str:
-    return str(place) if not isinstance(place, str) else repr(place)
+    return repr(str(place)) if isinstance(place, (str, ICLNode)) else str(place)

@@ -16,6 +16,7 @@ from leattn.attention.roots import warn_of_roots
 from leattn.errors import BackendError, LeattnError
 from leattn.interventions.operation import Operation, State, Subject, doing
 from leattn.interventions.scores import ChangedScores
+from leattn.interventions.shown import Shown
 from leattn.model.record import Model
 from leattn.prompt.compile import CompiledPrompt
 
@@ -29,6 +30,7 @@ def intervene(
     backend: str | Backend = "auto",
     mask: torch.Tensor | None = None,
     mask_mode: MaskMode = "combine",
+    before: bool = False,
 ) -> Iterator[Block]:
     """Follow the graph with operations applied, inside the block and nowhere else. Includes :func:`leattn.attend`.
 
@@ -43,7 +45,10 @@ def intervene(
         As in :func:`leattn.attend`.
     operations
         Of :class:`Suppress`, :class:`Freeze`, :class:`RandomNoise`, :class:`Shuffle`, :class:`SkipAttention`,
-        :class:`Inject`, or of one's own (:class:`Operation`).
+        :class:`Inject`, :class:`Average`, :class:`Recorded`, or of one's own (:class:`Operation`).
+    before
+        ``output_hidden_states`` inside the block shows the input of each layer after the edits of that layer, as the published
+        code of *Attend First, Consolidate Later* does; True: before them.
 
     Raises
     ------
@@ -65,8 +70,8 @@ def intervene(
     for operation in operations:
         if isinstance(operation, type) or not hasattr(operation, "bind"):
             raise LeattnError(
-                "an operation is Suppress, Freeze, RandomNoise, Shuffle, SkipAttention, Inject or one of your own with a "
-                f"method bind(subject), not {operation!r}"
+                "an operation is Suppress, Freeze, RandomNoise, Shuffle, SkipAttention, Inject, Average, Recorded or one of "
+                f"your own with a method bind(subject), not {operation!r}"
             )
     record = Model.of(model)
     around = innermost(record)
@@ -74,12 +79,12 @@ def intervene(
     attention = prepare(model, record, prompts, backend=backend, mask=mask, mask_mode=mask_mode)
     if not attention.replaces:
         warn_of_roots(model, record, attention.prompts)
-    with _applied(attention, everything):
+    with _applied(attention, everything, before=before):
         yield attention
 
 
 @contextmanager
-def _applied(attention: Block, operations: tuple[Operation, ...]) -> Iterator[Block]:
+def _applied(attention: Block, operations: tuple[Operation, ...], *, before: bool) -> Iterator[Block]:
     """Follow the graph with these operations, resolved against its prompts."""
     record = attention.record
     if record.checkpoints:
@@ -88,7 +93,7 @@ def _applied(attention: Block, operations: tuple[Operation, ...]) -> Iterator[Bl
             "call model.gradient_checkpointing_disable() first"
         )
     attention.operations = operations
-    attention.reenter = partial(_applied, operations=operations)
+    attention.reenter = partial(_applied, operations=operations, before=before)
     layers = record.layers
     subject = Subject(attention.prompts, attention.columns, len(layers), record.base.config.num_attention_heads)
     bound = [operation.bind(subject) for operation in operations]
@@ -96,8 +101,10 @@ def _applied(attention: Block, operations: tuple[Operation, ...]) -> Iterator[Bl
         attention.wrap(ChangedScores(changing), "a change of attention scores", "scores")
     with ExitStack() as stack:
         if editors := doing(bound, "edit"):
+            shown = Shown(attention, before=before)
+            shown.hook(stack)
             for number, layer in enumerate(layers):
-                hook = layer.register_forward_pre_hook(_edit(attention, number, editors), with_kwargs=True)
+                hook = layer.register_forward_pre_hook(_edit(attention, number, editors, shown), with_kwargs=True)
                 stack.callback(hook.remove)
         if changers := doing(bound, "attended"):
             for number, module in enumerate(record.attentions):
@@ -105,7 +112,7 @@ def _applied(attention: Block, operations: tuple[Operation, ...]) -> Iterator[Bl
         yield stack.enter_context(follow(attention))
 
 
-def _edit(attention: Block, layer: int, editors: Sequence[Any]) -> Any:
+def _edit(attention: Block, layer: int, editors: Sequence[Any], shown: Shown) -> Any:
     def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if running(attention.record) is not attention:
             return None  # another thread's forward, or that of a block inside this one
@@ -114,6 +121,7 @@ def _edit(attention: Block, layer: int, editors: Sequence[Any]) -> Any:
         edited = hidden
         for editor in editors:
             edited = editor.edit(state, edited)
+        shown.keep(layer, hidden, edited)
         return ((edited, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": edited})
 
     return before

@@ -16,6 +16,8 @@ from leattn.interventions.where import Where, tokens_at
 
 Mode = Literal["multiplicative", "additive", "weight"]
 MODES = ("multiplicative", "additive", "weight")
+Shift = Literal["visible", "all"]
+SHIFTS = ("visible", "all")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Suppress:
     tokens: Where
     factor: float | Sequence[float]
     mode: Mode = "multiplicative"
-    shift: Literal["visible", "all"] = "visible"
+    shift: Shift = "visible"
     layers: Layers | None = None
     heads: int | Sequence[int] | None = None
     queries: Where | None = None
@@ -56,8 +58,8 @@ class Suppress:
         prompts, width, heads = subject.prompts, subject.columns.width, subject.heads
         if self.mode not in MODES:
             raise LeattnError(choices("mode", self.mode, MODES))
-        if self.shift not in ("visible", "all"):
-            raise LeattnError(choices("shift", self.shift, ("visible", "all")))
+        if self.shift not in SHIFTS:
+            raise LeattnError(choices("shift", self.shift, SHIFTS))
         chosen = None if self.heads is None else [self.heads] if isinstance(self.heads, int) else list(self.heads)
         for head in chosen or ():
             if not 0 <= head < heads:

@@ -1,10 +1,9 @@
-"""Several phrasings of one question, answered with one voice: their next-token distributions are averaged at every step."""
+"""Several phrasings of one question, answered with one voice: at every step their next-token distributions become one."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -16,7 +15,8 @@ from leattn.dag.node import ICLNode
 from leattn.errors import LeattnError, choices
 from leattn.generation.branch import decoder
 from leattn.generation.program import build
-from leattn.generation.result import Generation, Sequence, Stats
+from leattn.generation.result import Generation, Stats
+from leattn.generation.result import Sequence as Written
 from leattn.generation.sampling import Sampling
 from leattn.generation.session import Feed, session
 from leattn.kv.store import KVStore
@@ -29,8 +29,8 @@ from leattn.table import html_table
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Mean: TypeAlias = Literal["arithmetic", "geometric"]
-MEANS = ("arithmetic", "geometric")
+Mean: TypeAlias = Literal["arithmetic", "geometric", "max"]
+MEANS = ("arithmetic", "geometric", "max")
 KEPT = 10
 """How many of the likeliest tokens of a step are kept."""
 NAME = "ensemble"
@@ -70,7 +70,7 @@ class Ensemble:
         return self._sequence.token_ids
 
     @property
-    def _sequence(self) -> Sequence:
+    def _sequence(self) -> Written:
         return next(iter(self.generation.branches.values()))[0]
 
     def __str__(self) -> str:
@@ -94,6 +94,7 @@ def paraphrase_ensemble(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     mean: Mean = "arithmetic",
+    weights: Sequence[float] | Mapping[ICLNode | str, float] | None = None,
     positions: Positions = "after_parents",
     visibility: Visibility = "parents",
     backend: str = "auto",
@@ -119,7 +120,12 @@ def paraphrase_ensemble(
         To compile with; a compiled prompt brings its own.
     mean
         ``"arithmetic"``: of the probabilities, a token is likely if some phrasings find it likely. ``"geometric"``: of the
-        log-probabilities, made to sum to 1, a token is likely if no phrasing rules it out.
+        log-probabilities, made to sum to 1, a token is likely if no phrasing rules it out; the token of the largest mean logit
+        is that of this mean, too. ``"max"``: each token's largest probability, made to sum to 1.
+    weights
+        How much each phrasing counts in a mean: by node or id, or in the order of the phrasings (of the sinks, where a graph is
+        given); they are divided by their sum. With ``"max"`` the heaviest phrasing decides alone, the first of several, as in
+        the published weighted maximum.
     backend, kv_store
         As for :func:`leattn.generate`.
     seed
@@ -138,8 +144,8 @@ def paraphrase_ensemble(
     Raises
     ------
     LeattnError
-        An unknown mean; ``positions="sequential"`` with several sinks; stop strings without a tokenizer; options of generation
-        that are not about one sequence.
+        An unknown mean; weights that are negative, all 0 or not one per phrasing; ``positions="sequential"`` with several
+        sinks; stop strings without a tokenizer; options of generation that are not about one sequence.
     CompileError
         A ``GenNode`` in the graph: write it first, and give the result's ``realised``.
 
@@ -166,11 +172,14 @@ def paraphrase_ensemble(
             raise LeattnError(
                 f"{name} is for leattn.generate; an ensemble writes one text, its phrasings in step: leave it out"
             )
+    if not isinstance(phrasings, (ICLNode, ICLGraph, CompiledPrompt)):
+        phrasings = list(phrasings)
     prompt = phrasings if isinstance(phrasings, CompiledPrompt) else _compiled(phrasings, tokenizer, positions, visibility)
     if tokenizer is not None:
         prompt = read_by(prompt, tokenizer)
     program, (part,) = build([prompt], prompt.tokenizer)
     record = Model.of(model)
+    counts = None if weights is None else _weights(weights, phrasings, prompt).to(record.device)
     sampling = Sampling(model, hf_generate_kwargs, record.device)
     if prompt.tokenizer is None and sampling.stop:
         raise LeattnError("stop strings are text, and there is no tokenizer to decode with; give one, or use eos_token_id")
@@ -196,7 +205,7 @@ def paraphrase_ensemble(
         logprobs = work.logits(dict.fromkeys(sinks, 1)).logits[0].float().log_softmax(-1)
         first_step = logprobs.exp()
         while not branch.finished:
-            together = _mean(logprobs, mean)
+            together = _mean(logprobs, mean, counts)
             top = together.topk(min(KEPT, len(together)))
             steps.append(top.values.exp())
             best.append(top.indices)
@@ -208,7 +217,7 @@ def paraphrase_ensemble(
         for i in continuations:
             work.complete(i, branch.ids)
     stats = Stats(work.computed, work.reused, len(branch.ids), work.block.forwards, time.perf_counter() - started)
-    said = (Sequence(branch.text, torch.tensor(branch.ids, dtype=torch.long)),)
+    said = (Written(branch.text, torch.tensor(branch.ids, dtype=torch.long)),)
     generation = Generation(prompt.graph, prompt, dict.fromkeys(part.branches, said), work.block.backend.name, stats)
     return Ensemble(torch.stack(best).cpu(), torch.stack(steps).cpu(), first_step.cpu(), generation)
 
@@ -223,8 +232,32 @@ def _compiled(phrasings: Any, tokenizer: Any, positions: Positions, visibility: 
     return prompt
 
 
-def _mean(logprobs: torch.Tensor, mean: Mean) -> torch.Tensor:
-    """The log of the mean distribution ``[V]`` of several, ``[P, V]``."""
+def _weights(weights: Sequence[float] | Mapping[ICLNode | str, float], phrasings: Any, prompt: CompiledPrompt) -> torch.Tensor:
+    """One for each sink in layout order, ``[P]``; they sum to 1."""
+    graph = prompt.graph
+    if isinstance(weights, Mapping):
+        given = {graph[node]: weight for node, weight in weights.items()}
+    else:
+        order = phrasings if isinstance(phrasings, list) else graph.sinks
+        if len(weights) != len(order):
+            raise LeattnError(f"there are {len(weights)} weights for {len(order)} phrasings; give one for each")
+        given = dict(zip(order, weights, strict=True))
+    if set(given) != set(graph.sinks):
+        named = ", ".join(repr(graph.name(node)) for node in graph if (node in given) != (node in graph.sinks))
+        raise LeattnError(f"weights are for the sinks, each of them; {named} is no sink, or has none")
+    found = torch.tensor([float(given[sink]) for sink in graph.sinks], dtype=torch.float32)
+    if not bool(found.isfinite().all()) or bool((found < 0).any()) or not bool(found.sum() > 0):
+        raise LeattnError(f"the weights are {found.tolist()}; give numbers from 0 up, of which one is larger")
+    return found / found.sum()
+
+
+def _mean(logprobs: torch.Tensor, mean: Mean, weights: torch.Tensor | None) -> torch.Tensor:
+    """The log of one distribution ``[V]`` of several, ``[P, V]``, weighted by ``[P]`` numbers that sum to 1."""
+    if mean == "max":
+        return logprobs.amax(0).log_softmax(-1) if weights is None else logprobs[int(weights.argmax())]
+    if weights is None:
+        weights = logprobs.new_full((len(logprobs),), 1 / len(logprobs))
     if mean == "geometric":
-        return logprobs.mean(0).log_softmax(-1)
-    return logprobs.logsumexp(0) - math.log(len(logprobs))
+        kept = weights > 0  # what counts nothing does not rule a token out
+        return (weights[kept, None] * logprobs[kept]).sum(0).log_softmax(-1)
+    return (logprobs + weights.log()[:, None]).logsumexp(0)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 _HOMES = {"plot_mask": "mask", "plot_dag": "dag", "plot_attention": "attention", "fold_attention": "fold"}
 _HOMES |= {"plot_attribution": "attribution", "plot_sweep": "sweep"}
-_HOMES |= {"plot_norms": "norms", "plot_sinks": "sinks", "plot_tokens": "tokens", "save_report": "report", "PLOTS": "report"}
+_HOMES |= {"plot_norms": "norms", "plot_sinks": "sinks", "plot_tokens": "tokens", "plot_scores": "scores"}
+_HOMES |= {"save_report": "report", "PLOTS": "report"}
 
 __all__ = [
     "PLOTS",
@@ -22,6 +23,7 @@ __all__ = [
     "plot_dag",
     "plot_mask",
     "plot_norms",
+    "plot_scores",
     "plot_sinks",
     "plot_sweep",
     "plot_tokens",
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from leattn.viz.mask import plot_mask
     from leattn.viz.norms import plot_norms
     from leattn.viz.report import PLOTS, save_report
+    from leattn.viz.scores import plot_scores
     from leattn.viz.sinks import plot_sinks
     from leattn.viz.sweep import plot_sweep
     from leattn.viz.tokens import plot_tokens

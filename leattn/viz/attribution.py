@@ -40,7 +40,7 @@ def plot_attribution(
     path: str | Path | None = None,
     title: str | None = None,
 ) -> Axes:
-    r"""Importance in nats: bars for nodes and tokens, the largest on top; queries × keys for edges.
+    r"""Importance, in nats or what was measured: bars for nodes and tokens, the largest on top; queries × keys for edges.
 
     Red, or a bar to the right, is what the target needs; blue, or a bar to the left, is what it is likelier without. A bar
     has its node's colour. In the matrix grey is not seen, and white with a dot was seen but not cut.
@@ -131,7 +131,7 @@ def _bars(attribution: Attribution, ranked: Sequence[Importance], ax: Axes | Non
         )
     ax.set_ylim(len(shown) - 0.4, -0.6)
     ax.set_yticks(places, labels, fontsize=font, color=INK, **PLAIN)
-    label_axes(ax, "nats of loss gained", spines=["bottom"], axis="x", labelsize=7.5)
+    label_axes(ax, attribution.quantity, spines=["bottom"], axis="x", labelsize=7.5)
     ax.tick_params(axis="y", length=0)
     # Over names and bars: a title over the bars alone would start in the middle of a narrow figure.
     return finish(ax, title, path, before=beside)
@@ -169,7 +169,7 @@ def _matrix(
     uncut = bool((seen & np.isnan(values)).any())
     label_axes(ax, "key node: no longer seen" + "; dots: edges left alone" * uncut)
     brackets.draw(ax)
-    colour_bar(ax, image, "nats of loss gained")
+    colour_bar(ax, image, attribution.quantity)
     return finish(ax, title, path, lift=brackets.top)
 
 

@@ -18,8 +18,14 @@ if TYPE_CHECKING:
 
     from leattn.analysis.trace import Trace
 
-Kind = Literal["hidden", "keys", "values"]
-WHAT = {"hidden": "hidden states at the input", "keys": "keys after RoPE", "values": "values"}
+Kind = Literal["hidden", "keys", "values", "mean_keys", "mean_values"]
+WHAT = {
+    "hidden": "hidden states at the input",
+    "keys": "keys after RoPE",
+    "values": "values",
+    "mean_keys": "the mean key over the heads after RoPE",
+    "mean_values": "the mean value over the heads",
+}
 SPAN = 20.0
 """Where the largest norm is this many times the median, the axis is logarithmic."""
 HEADS_NAMED = 8
@@ -41,7 +47,8 @@ def plot_norms(
     trace
         What :func:`leattn.analysis.trace` returns.
     kind
-        ``"hidden"``: the input of a layer; ``"keys"`` or ``"values"``: per key/value head.
+        ``"hidden"``: the input of a layer; ``"keys"`` or ``"values"``: per key/value head; ``"mean_keys"`` or
+        ``"mean_values"``: of their mean over the heads.
     layer
         One layer: every token, in layout order. None: over the layers, the three largest tokens and the median one, with the
         mean over the heads as the norm of a key or value.
@@ -67,13 +74,21 @@ def plot_norms(
         raise LeattnError(choices("kind", kind, tuple(WHAT)))
     if layer is not None and not isinstance(layer, int):
         raise LeattnError(f"plot_norms draws one layer, or None for a summary of all of them, not layer={layer!r}")
-    norms = {"hidden": trace.hidden_norms[:, None], "keys": trace.key_norms, "values": trace.value_norms}[kind]  # [L, G, S]
+    norms = {
+        "hidden": trace.hidden_norms[:, None],
+        "keys": trace.key_norms,
+        "values": trace.value_norms,
+        "mean_keys": trace.mean_key_norms[:, None],
+        "mean_values": trace.mean_value_norms[:, None],
+    }[kind]  # [L, G, S]
+    by_head = kind in ("keys", "values")
     rows = layer_rows(trace, layer)
     values = norms[rows].double().numpy()
     of = trace.layers[rows[0]]
-    where = "" if layer is None else f" of layer {of}" if kind == "hidden" else f", layer {of}, by head"
     if layer is None:
-        where = " of each layer" if kind == "hidden" else f", mean of {values.shape[1]} heads"
+        where = f", mean of {values.shape[1]} heads" if by_head else " of each layer"
+    else:
+        where = f", layer {of}, by head" if by_head else f" of layer {of}"
     title = f"norm of {WHAT[kind]}{where}\n{trace.dtype}, {trace.model}" if title is None else title
     draw = _draw_layers if layer is None else _draw_tokens
     return draw(trace, values, ax, path, title)

@@ -98,10 +98,10 @@ def _curves(result: SweepResult, chosen: Sequence[str], ax: Axes | None, path: s
         width, height = float(np.clip(0.3 * len(result.layers), 3.6, 6.5)), 2.6
         right = max(text_width(end, font) for end in [*ends, "untouched"]) + 0.3
         ax = new_axes(width, height, title, left=0.75, bottom=0.5, right=right, above=0.04)
-    order = sorted(result.layers)
     colours = node_colours(len(chosen))
     last = []
     for i, name in enumerate(chosen):
+        order = result.measured(name)
         points = [result.summary(name, layer) for layer in order]
         means = [point.mean for point in points]
         low, high = [point.low for point in points], [point.high for point in points]

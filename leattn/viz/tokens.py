@@ -79,7 +79,7 @@ def plot_tokens(
     else:
         check_trace("plot_tokens", weights)
         prompt = weights.prompt
-        query, key = _pair_of(weights, pair)
+        query, key = pair_of(weights, pair)
         names = prompt.graph.name(query), prompt.graph.name(key)
         rows, heads, words = chosen_of(weights, layer, head)
         part = weights.tokens[names].weights[rows][:, heads].double().mean((0, 1))
@@ -118,7 +118,7 @@ def plot_tokens(
     return finish(ax, title, path)
 
 
-def _pair_of(trace: Trace, pair: tuple[ICLNode | str, ICLNode | str] | None) -> tuple[ICLNode, ICLNode]:
+def pair_of(trace: Trace, pair: tuple[ICLNode | str, ICLNode | str] | None) -> tuple[ICLNode, ICLNode]:
     graph = trace.prompt.graph
     names = next(iter(trace.tokens)) if pair is None and len(trace.tokens) == 1 else pair
     if names is None:
