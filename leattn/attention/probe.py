@@ -25,11 +25,19 @@ from leattn.prompt.compile import CompiledPrompt, columns_of, compile_prompt
 
 LENGTHS = {"root": 4, "left": 5, "right": 3, "other": 2, "child": 4, "tail": 3}
 """Tokens of the nodes of :func:`sample`."""
+PLAIN = ("root", "left", "child", "tail")
+"""Those that stand one after the other in it."""
 
 
 def sample_tokens(facts: Facts) -> dict[str, list[int]]:
-    """Random tokens for the nodes of :func:`sample`; more of them where the config speaks of something that begins later."""
-    generator, times = torch.Generator().manual_seed(0), 1 + facts.threshold // LENGTHS["left"]
+    """Random tokens for the nodes of :func:`sample`; more of them where the config speaks of something that begins later.
+
+    But no more than half of the positions that there are: the other half is for trying it further on.
+    """
+    limits = [limit for limit in (facts.position_limit, facts.rope_limit, facts.trained_length) if limit is not None]
+    longest = sum(LENGTHS[name] for name in PLAIN)
+    times = max(1, min(1 + facts.threshold // LENGTHS["left"], min(limits, default=2**31) // (2 * longest)))
+    generator = torch.Generator().manual_seed(0)
     # Token 0 and its neighbours are specials of many families, padding for one, which some leave out.
     low = min(3, facts.vocabulary - 1)
     return {
@@ -150,9 +158,6 @@ def _plain_logits(model: Any, record: Model) -> Tensor | str:
             "or asks for both directions), and a graph's is; load it as a decoder"
         )
     return logits
-
-
-PLAIN = ("root", "left", "child", "tail")
 
 
 @contextmanager
