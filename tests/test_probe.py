@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as tf
 from models import BACKENDS, make_model, shared_model
+from oracles import dense, positions, relation
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import leattn
@@ -206,6 +207,63 @@ class TestDependenceOnTheIndex:
             assert off(leattn.forward(model, prompt, backend=backend, use_cache=False).logits, expected) < 1e-5
             with pytest.raises(BackendError, match="40 tokens: in a sequence of more than 32"):
                 leattn.forward(model, compile_prompt(ICLNode(ids)), backend=backend)
+
+    def indexed(self):
+        """One head of the indexer scores half of all tokens 0, and the index decides among equal scores."""
+        sizes = {"moe_intermediate_size": 32, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
+        latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12}
+        index = {"index_topk": 24, "index_n_heads": 1, "index_head_dim": 16, "first_k_dense_replace": 1}
+        return large(of("glm_moe_dsa", **sizes, **latent, **index, head_dim=8))
+
+    def test_an_indexer_that_takes_all_that_a_token_sees_is_exact_in_a_longer_sequence(self):
+        model = self.indexed()
+        ids = torch.randint(3, 99, (49,)).tolist()
+        root = ICLNode(ids[:4], id="root")
+        documents = [ICLNode(ids[i : i + 9], [root], id=f"d{i}") for i in (4, 13, 22, 31)]
+        question = ICLNode(ids[40:45], [root, documents[2]], id="question")
+        whole = compile_prompt([*documents, question])
+        assert len(whole) == 45
+        for backend in ("eager", "sdpa"):
+            logits = leattn.forward(model, whole, backend=backend, use_cache=False).logits[0]
+            for document in documents:
+                alone = model(torch.tensor([ids[:4] + list(document.content)]), use_cache=False).logits[0, 4:]
+                assert off(logits[slice(*whole.spans[document])], alone) < 1e-5
+            alone = model(torch.tensor([ids[:4] + ids[22:31] + ids[40:45]]), use_cache=False).logits[0, 13:]
+            assert off(logits[slice(*whole.spans[question])], alone) < 1e-5
+        assert leattn.check_model(model)["seen"].reason == "up to 24 tokens by each: past that it chooses among them"
+
+    def test_an_indexer_that_would_have_to_choose_is_refused_also_where_decoding_would_reach_it(self):
+        model = self.indexed()
+        ids = torch.randint(3, 99, (49,)).tolist()
+        root = ICLNode(ids[:4], id="root")
+        documents = [ICLNode(ids[i : i + 9], [root], id=f"d{i}") for i in (4, 13, 22, 31)]
+        both = compile_prompt(ICLNode(ids[40:45], [root, *documents[:2]]))
+        with pytest.raises(BackendError, match="27 tokens: where one token sees more than 24, glm_moe_dsa attends to the 24"):
+            leattn.forward(model, both)
+
+        def nodes(written):
+            """What the question sees are 19 of 21 tokens; the middle sees a note, which the question does not."""
+            note = ICLNode(ids[13:15], [root])
+            middle = ICLNode([9], [note])
+            return [root, documents[2], note, middle, ICLNode(ids[40:45] + written, [root, documents[2], middle])]
+
+        expected = []
+        for _ in range(6):  # a full forward of the plain model for each, under a mask made by loops
+            graph = nodes(expected)
+            mask, at = dense(graph, relation(graph)), positions(graph, relation(graph))
+            added = torch.zeros(len(mask), len(mask)).masked_fill(~torch.tensor(mask), torch.finfo(torch.float32).min)
+            tokens = torch.tensor([[token for node in graph for token in node.content]])
+            given = {"attention_mask": added[None, None], "position_ids": torch.tensor([at]), "use_cache": False}
+            expected.append(int(model(tokens, **given).logits[0, -1].argmax()))
+        question = compile_prompt(nodes([])[-1])
+        written = leattn.generate(model, question, max_new_tokens=6, eos_token_id=None)
+        assert written.token_ids.tolist() == expected  # the last would be the 25th that the question sees, but is not fed
+        with pytest.raises(BackendError, match="25 tokens: where one token sees more than 24"):
+            leattn.generate(model, question, max_new_tokens=7, eos_token_id=None)
+        everything = torch.ones(1, 1, 45, 45, dtype=torch.bool).tril()
+        apart = compile_prompt([*documents, ICLNode(ids[40:45], [root])])
+        with pytest.raises(BackendError, match="45 tokens: where one token sees more than 24"):
+            leattn.forward(model, apart, mask=everything, mask_mode="replace", use_cache=False)
 
     def test_the_probe_is_as_long_as_what_the_config_speaks_of(self):
         """A change that begins at token 30, which no setting of ours knows, but the config names."""

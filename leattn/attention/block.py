@@ -280,6 +280,10 @@ def _before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     call = by_name(module, args, kwargs)
     needs = {*block.needs, *standing_needs(record, call.get("output_attentions"))}
     prepared, block.queries = prepared_call(record, block.columns, block.prompts, call, embedded=block.embedded)
+    if block.replaces:  # a mask that may open everything
+        record.facts.check_seen_tokens(block.queries.stop)
+    else:
+        record.facts.check_seen(block.columns, block.queries)
     tokens = len(prepared["attention_mask"]) * len(block.queries)
     block.padding_hides = hides_tokens(block.columns, prepared["attention_mask"])
     if block.padding_hides:
