@@ -114,20 +114,101 @@ class TestCausality:
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_an_encoder_is_no_decoder_on_any_backend(self, backend):
         model = tf.BertLMHeadModel(tf.BertConfig(**SMALL)).eval()
-        with pytest.raises(BackendError, match=r"its attention is not causal \(its config says is_decoder=False"):
+        words = r"its attention is not causal \(its config says is_decoder=False\), .*; load it with is_decoder=True"
+        with pytest.raises(BackendError, match=words):
             leattn.forward(model, compile_prompt(ICLNode(IDS)), backend=backend)
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_attention_in_both_directions_by_config(self, backend):
         config = tf.Gemma3TextConfig(**SMALL, head_dim=12, num_key_value_heads=2, use_bidirectional_attention=True)
         model = tf.Gemma3ForCausalLM(config).eval()
-        with pytest.raises(BackendError, match="its attention is not causal"):
+        words = r"its config says use_bidirectional_attention=True\), .*; load it with use_bidirectional_attention=False"
+        with pytest.raises(BackendError, match=words):
             leattn.forward(model, compile_prompt(ICLNode(IDS)), backend=backend)
 
-    def test_the_same_as_a_decoder_is_served(self):
-        model = of("bert", is_decoder=True)
+    @pytest.mark.parametrize(
+        "model",
+        [
+            lambda: of("bert", is_decoder=True),
+            lambda: of("gemma3_text", head_dim=12, num_key_value_heads=2, use_bidirectional_attention=False),
+        ],
+    )
+    def test_what_the_reasons_say_to_do_is_served(self, model):
+        model = model()
         expected = model(torch.tensor([IDS]), use_cache=False).logits
         assert off(leattn.forward(model, compile_prompt(causal([IDS[:4], IDS[4:]])), use_cache=False).logits, expected) < 1e-5
+
+    def paligemma(self, implementation):
+        text = {**SMALL, "model_type": "gemma", "head_dim": 12, "num_key_value_heads": 2, "initializer_range": 0.15}
+        vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+        sizes = {"image_size": 28, "patch_size": 14, "model_type": "siglip_vision_model"}
+        config = tf.PaliGemmaConfig(text_config=text, vision_config={**vision, **sizes}, image_token_id=99, projection_dim=48)
+        torch.manual_seed(0)
+        return large(tf.PaliGemmaForConditionalGeneration._from_config(config, attn_implementation=implementation).eval())
+
+    @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+    def test_a_model_that_is_causal_on_eager_alone_has_to_be_loaded_with_it(self, backend):
+        """PaliGemma asks for a causal mask, which is left out for sdpa; its layers tell sdpa that they are not causal."""
+        model = self.paligemma("sdpa")
+        changed = [*IDS[:-1], 77]
+        plain = [model(torch.tensor([ids]), use_cache=False).logits[0] for ids in (IDS, changed)]
+        assert off(plain[1][:-1], plain[0][:-1]) > 1e-2
+        with pytest.raises(BackendError, match=r"but not on 'eager': .*; load it with attn_implementation='eager'"):
+            leattn.forward(model, compile_prompt(ICLNode(IDS)), backend=backend)
+        assert off(model(torch.tensor([IDS]), use_cache=False).logits[0], plain[0]) == 0
+        model = self.paligemma("eager")
+        expected = model(torch.tensor([IDS]), use_cache=False).logits
+        prompt = compile_prompt(causal([IDS[:4], IDS[4:]]))
+        assert off(leattn.forward(model, prompt, backend=backend, use_cache=False).logits, expected) < 1e-5
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_what_is_drawn_at_random_is_no_direction(self, backend):
+        """As Reformer's hashes are."""
+        model = make_model("llama")
+        model.model.layers[0].register_forward_hook(lambda module, args, output: output + torch.rand_like(output))
+        with pytest.raises(BackendError, match="the same text gives other logits each time, in evaluation mode too"):
+            leattn.forward(model, compile_prompt(ICLNode(IDS)), backend=backend)
+
+
+class TestAdvice:
+    """What a refusal says to use has to be of use."""
+
+    def test_no_other_backend_is_named_where_none_serves(self):
+        config = tf.OpenAIGPTConfig(n_embd=48, n_layer=2, n_head=4, n_positions=64, vocab_size=100)
+        report = leattn.check_model(tf.OpenAIGPTLMHeadModel(config).eval())
+        for backend in BACKENDS:
+            assert "ran without asking for an attention mask" in report[backend].reason
+            assert "use backend=" not in report[backend].reason
+
+    @pytest.mark.parametrize(
+        ("family", "options", "refused"),
+        [
+            ("gpt2", {"n_embd": 48, "n_layer": 2, "n_head": 4}, "flex"),  # transformers cannot
+            ("doge", {"num_key_value_heads": 2, "keep_window_size": 16}, "sparse"),  # calculates with the mask
+            ("doge", {"num_key_value_heads": 2, "keep_window_size": 16}, "flex"),  # drops the mask
+            ("gptj", {"n_embd": 48, "n_layer": 2, "n_head": 4, "rotary_dim": 8}, "sparse"),  # is fixed to eager
+        ],
+    )
+    def test_the_backend_that_is_named_serves(self, family, options, refused):
+        report = leattn.check_model(large(of(family, **options)))
+        assert report[refused].reason.endswith("; use backend='eager'")
+        assert report["eager"].works
+
+    def test_the_implementation_that_is_named_serves(self):
+        words = (
+            "falcon fixes its attention implementation when it is loaded, here 'eager'; load it with attn_implementation='sdpa'"
+        )
+        assert leattn.check_model(make_model("falcon", alibi=False))["sdpa"].reason == words
+        assert leattn.check_model(make_model("falcon", "sdpa", alibi=False))["sdpa"].works
+
+    @pytest.mark.parametrize("options", [{}, {"kv_store": KVStore()}, {"use_cache": False}])
+    def test_what_no_option_changes_goes_before_what_one_would(self, options):
+        """MPT's own settings say use_cache=False, and the cache of a hybrid is of another kind."""
+        root = ICLNode(IDS[:3])
+        branches = leattn.ICLGraph(ICLNode(IDS[3:6], [root]), ICLNode(IDS[6:], [root]))
+        for family, words in (("mpt", "takes no position_ids"), ("mamba", "a recurrent state")):
+            with pytest.raises(BackendError, match=words):
+                leattn.generate(make_model(family), branches, max_new_tokens=2, **options)
 
     def test_a_mask_that_is_more_than_causal_is_refused(self):
         """Gemma 3's tokens of a picture see each other: the graph's mask would stand in its place."""

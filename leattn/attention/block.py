@@ -307,7 +307,7 @@ def _after(module: Any, _args: tuple[Any, ...], output: Any) -> None:
     if output is not None and not active[-1].masks_asked:
         raise BackendError(
             f"{type(module).__name__} ran without asking for an attention mask, so it did not follow the graph: it never asks "
-            "transformers for a mask, so its layers are not (all) attention that a mask reaches"
+            "transformers for a mask, so what its layers attend to cannot be set; use a model that does"
         )
 
 
