@@ -116,6 +116,8 @@ def check_model(model: Any) -> ModelReport:
         found.append(Capability("windows", works, "measured in positions, with a full-length cache" if works else why))
     if facts.index_limit is not None:
         found.append(Capability("length", works, f"up to {facts.index_limit} tokens: past that attention depends on the index"))
+    if facts.seen_limit is not None:
+        found.append(Capability("seen", works, f"up to {facts.seen_limit} tokens by each: past that it chooses among them"))
     if facts.rope_limit is not None:
         found.append(Capability("positions", works, f"below {facts.rope_limit}: past it rotary angles depend on the length"))
     elif facts.position_limit is not None:

@@ -40,6 +40,35 @@ MORE = {
     "smollm3": {"no_rope_layer_interval": 2},
     "deepseek_v3": LATENT,
     "ministral3": {},
+    # Turned by complex numbers, in either layout.
+    "llama4_text": {
+        **HEADS_OF_12,
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 64,
+        "layer_types": ["full_attention"] * 3,
+        "no_rope_layers": [1, 0, 1],
+    },
+    "deepseek_v2": LATENT,
+    # More layers in the cache than in the model: two attentions in each, stacks that run in turns.
+    "longcat_flash": {
+        **{name: value for name, value in LATENT.items() if name not in ("n_group", "topk_group", "n_shared_experts")},
+        "num_hidden_layers": 4,
+        "ffn_hidden_size": 64,
+        "expert_ffn_hidden_size": 32,
+        "zero_expert_num": 2,
+        "moe_topk": 2,
+        "head_dim": 8,
+    },
+    "hrm_text": {
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 4,
+        "num_layers_per_stack": 1,
+        "H_cycles": 2,
+        "L_cycles": 1,
+        "head_dim": 12,
+    },
+    # Its config names a width of 256, which might be a length.
+    "lfm2": {"layer_types": ["full_attention"] * 3},
 }
 
 
@@ -177,7 +206,7 @@ def test_angles_that_change_far_away_are_noticed():
 
     model = make_model("llama")
     model.model.rotary_emb.register_forward_hook(faster, with_kwargs=True)
-    assert "moved by 491 positions, the keys of layer 1 are off by" in certificate(model).shift
+    assert "moved by 496 positions, the keys of layer 1 are off by" in certificate(model).shift
 
 
 def test_positions_that_scale_the_queries_are_noticed():

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as tf
 from models import BACKENDS, make_model, shared_model
+from oracles import dense, positions, relation
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import leattn
@@ -113,20 +114,101 @@ class TestCausality:
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_an_encoder_is_no_decoder_on_any_backend(self, backend):
         model = tf.BertLMHeadModel(tf.BertConfig(**SMALL)).eval()
-        with pytest.raises(BackendError, match=r"its attention is not causal \(its config says is_decoder=False"):
+        words = r"its attention is not causal \(its config says is_decoder=False\), .*; load it with is_decoder=True"
+        with pytest.raises(BackendError, match=words):
             leattn.forward(model, compile_prompt(ICLNode(IDS)), backend=backend)
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_attention_in_both_directions_by_config(self, backend):
         config = tf.Gemma3TextConfig(**SMALL, head_dim=12, num_key_value_heads=2, use_bidirectional_attention=True)
         model = tf.Gemma3ForCausalLM(config).eval()
-        with pytest.raises(BackendError, match="its attention is not causal"):
+        words = r"its config says use_bidirectional_attention=True\), .*; load it with use_bidirectional_attention=False"
+        with pytest.raises(BackendError, match=words):
             leattn.forward(model, compile_prompt(ICLNode(IDS)), backend=backend)
 
-    def test_the_same_as_a_decoder_is_served(self):
-        model = of("bert", is_decoder=True)
+    @pytest.mark.parametrize(
+        "model",
+        [
+            lambda: of("bert", is_decoder=True),
+            lambda: of("gemma3_text", head_dim=12, num_key_value_heads=2, use_bidirectional_attention=False),
+        ],
+    )
+    def test_what_the_reasons_say_to_do_is_served(self, model):
+        model = model()
         expected = model(torch.tensor([IDS]), use_cache=False).logits
         assert off(leattn.forward(model, compile_prompt(causal([IDS[:4], IDS[4:]])), use_cache=False).logits, expected) < 1e-5
+
+    def paligemma(self, implementation):
+        text = {**SMALL, "model_type": "gemma", "head_dim": 12, "num_key_value_heads": 2, "initializer_range": 0.15}
+        vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+        sizes = {"image_size": 28, "patch_size": 14, "model_type": "siglip_vision_model"}
+        config = tf.PaliGemmaConfig(text_config=text, vision_config={**vision, **sizes}, image_token_id=99, projection_dim=48)
+        torch.manual_seed(0)
+        return large(tf.PaliGemmaForConditionalGeneration._from_config(config, attn_implementation=implementation).eval())
+
+    @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+    def test_a_model_that_is_causal_on_eager_alone_has_to_be_loaded_with_it(self, backend):
+        """PaliGemma asks for a causal mask, which is left out for sdpa; its layers tell sdpa that they are not causal."""
+        model = self.paligemma("sdpa")
+        changed = [*IDS[:-1], 77]
+        plain = [model(torch.tensor([ids]), use_cache=False).logits[0] for ids in (IDS, changed)]
+        assert off(plain[1][:-1], plain[0][:-1]) > 1e-2
+        with pytest.raises(BackendError, match=r"but not on 'eager': .*; load it with attn_implementation='eager'"):
+            leattn.forward(model, compile_prompt(ICLNode(IDS)), backend=backend)
+        assert off(model(torch.tensor([IDS]), use_cache=False).logits[0], plain[0]) == 0
+        model = self.paligemma("eager")
+        expected = model(torch.tensor([IDS]), use_cache=False).logits
+        prompt = compile_prompt(causal([IDS[:4], IDS[4:]]))
+        assert off(leattn.forward(model, prompt, backend=backend, use_cache=False).logits, expected) < 1e-5
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_what_is_drawn_at_random_is_no_direction(self, backend):
+        """As Reformer's hashes are."""
+        model = make_model("llama")
+        model.model.layers[0].register_forward_hook(lambda module, args, output: output + torch.rand_like(output))
+        with pytest.raises(BackendError, match="the same text gives other logits each time, in evaluation mode too"):
+            leattn.forward(model, compile_prompt(ICLNode(IDS)), backend=backend)
+
+
+class TestAdvice:
+    """What a refusal says to use has to be of use."""
+
+    def test_no_other_backend_is_named_where_none_serves(self):
+        config = tf.OpenAIGPTConfig(n_embd=48, n_layer=2, n_head=4, n_positions=64, vocab_size=100)
+        report = leattn.check_model(tf.OpenAIGPTLMHeadModel(config).eval())
+        for backend in BACKENDS:
+            assert "ran without asking for an attention mask" in report[backend].reason
+            assert "use backend=" not in report[backend].reason
+
+    @pytest.mark.parametrize(
+        ("family", "options", "refused"),
+        [
+            ("gpt2", {"n_embd": 48, "n_layer": 2, "n_head": 4}, "flex"),  # transformers cannot
+            ("doge", {"num_key_value_heads": 2, "keep_window_size": 16}, "sparse"),  # calculates with the mask
+            ("doge", {"num_key_value_heads": 2, "keep_window_size": 16}, "flex"),  # drops the mask
+            ("gptj", {"n_embd": 48, "n_layer": 2, "n_head": 4, "rotary_dim": 8}, "sparse"),  # is fixed to eager
+        ],
+    )
+    def test_the_backend_that_is_named_serves(self, family, options, refused):
+        report = leattn.check_model(large(of(family, **options)))
+        assert report[refused].reason.endswith("; use backend='eager'")
+        assert report["eager"].works
+
+    def test_the_implementation_that_is_named_serves(self):
+        words = (
+            "falcon fixes its attention implementation when it is loaded, here 'eager'; load it with attn_implementation='sdpa'"
+        )
+        assert leattn.check_model(make_model("falcon", alibi=False))["sdpa"].reason == words
+        assert leattn.check_model(make_model("falcon", "sdpa", alibi=False))["sdpa"].works
+
+    @pytest.mark.parametrize("options", [{}, {"kv_store": KVStore()}, {"use_cache": False}])
+    def test_what_no_option_changes_goes_before_what_one_would(self, options):
+        """MPT's own settings say use_cache=False, and the cache of a hybrid is of another kind."""
+        root = ICLNode(IDS[:3])
+        branches = leattn.ICLGraph(ICLNode(IDS[3:6], [root]), ICLNode(IDS[6:], [root]))
+        for family, words in (("mpt", "takes no position_ids"), ("mamba", "a recurrent state")):
+            with pytest.raises(BackendError, match=words):
+                leattn.generate(make_model(family), branches, max_new_tokens=2, **options)
 
     def test_a_mask_that_is_more_than_causal_is_refused(self):
         """Gemma 3's tokens of a picture see each other: the graph's mask would stand in its place."""
@@ -206,6 +288,63 @@ class TestDependenceOnTheIndex:
             assert off(leattn.forward(model, prompt, backend=backend, use_cache=False).logits, expected) < 1e-5
             with pytest.raises(BackendError, match="40 tokens: in a sequence of more than 32"):
                 leattn.forward(model, compile_prompt(ICLNode(ids)), backend=backend)
+
+    def indexed(self):
+        """One head of the indexer scores half of all tokens 0, and the index decides among equal scores."""
+        sizes = {"moe_intermediate_size": 32, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
+        latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12}
+        index = {"index_topk": 24, "index_n_heads": 1, "index_head_dim": 16, "first_k_dense_replace": 1}
+        return large(of("glm_moe_dsa", **sizes, **latent, **index, head_dim=8))
+
+    def test_an_indexer_that_takes_all_that_a_token_sees_is_exact_in_a_longer_sequence(self):
+        model = self.indexed()
+        ids = torch.randint(3, 99, (49,)).tolist()
+        root = ICLNode(ids[:4], id="root")
+        documents = [ICLNode(ids[i : i + 9], [root], id=f"d{i}") for i in (4, 13, 22, 31)]
+        question = ICLNode(ids[40:45], [root, documents[2]], id="question")
+        whole = compile_prompt([*documents, question])
+        assert len(whole) == 45
+        for backend in ("eager", "sdpa"):
+            logits = leattn.forward(model, whole, backend=backend, use_cache=False).logits[0]
+            for document in documents:
+                alone = model(torch.tensor([ids[:4] + list(document.content)]), use_cache=False).logits[0, 4:]
+                assert off(logits[slice(*whole.spans[document])], alone) < 1e-5
+            alone = model(torch.tensor([ids[:4] + ids[22:31] + ids[40:45]]), use_cache=False).logits[0, 13:]
+            assert off(logits[slice(*whole.spans[question])], alone) < 1e-5
+        assert leattn.check_model(model)["seen"].reason == "up to 24 tokens by each: past that it chooses among them"
+
+    def test_an_indexer_that_would_have_to_choose_is_refused_also_where_decoding_would_reach_it(self):
+        model = self.indexed()
+        ids = torch.randint(3, 99, (49,)).tolist()
+        root = ICLNode(ids[:4], id="root")
+        documents = [ICLNode(ids[i : i + 9], [root], id=f"d{i}") for i in (4, 13, 22, 31)]
+        both = compile_prompt(ICLNode(ids[40:45], [root, *documents[:2]]))
+        with pytest.raises(BackendError, match="27 tokens: where one token sees more than 24, glm_moe_dsa attends to the 24"):
+            leattn.forward(model, both)
+
+        def nodes(written):
+            """What the question sees are 19 of 21 tokens; the middle sees a note, which the question does not."""
+            note = ICLNode(ids[13:15], [root])
+            middle = ICLNode([9], [note])
+            return [root, documents[2], note, middle, ICLNode(ids[40:45] + written, [root, documents[2], middle])]
+
+        expected = []
+        for _ in range(6):  # a full forward of the plain model for each, under a mask made by loops
+            graph = nodes(expected)
+            mask, at = dense(graph, relation(graph)), positions(graph, relation(graph))
+            added = torch.zeros(len(mask), len(mask)).masked_fill(~torch.tensor(mask), torch.finfo(torch.float32).min)
+            tokens = torch.tensor([[token for node in graph for token in node.content]])
+            given = {"attention_mask": added[None, None], "position_ids": torch.tensor([at]), "use_cache": False}
+            expected.append(int(model(tokens, **given).logits[0, -1].argmax()))
+        question = compile_prompt(nodes([])[-1])
+        written = leattn.generate(model, question, max_new_tokens=6, eos_token_id=None)
+        assert written.token_ids.tolist() == expected  # the last would be the 25th that the question sees, but is not fed
+        with pytest.raises(BackendError, match="25 tokens: where one token sees more than 24"):
+            leattn.generate(model, question, max_new_tokens=7, eos_token_id=None)
+        everything = torch.ones(1, 1, 45, 45, dtype=torch.bool).tril()
+        apart = compile_prompt([*documents, ICLNode(ids[40:45], [root])])
+        with pytest.raises(BackendError, match="45 tokens: where one token sees more than 24"):
+            leattn.forward(model, apart, mask=everything, mask_mode="replace", use_cache=False)
 
     def test_the_probe_is_as_long_as_what_the_config_speaks_of(self):
         """A change that begins at token 30, which no setting of ours knows, but the config names."""

@@ -36,8 +36,8 @@ def automatic(record: Model, *, plain: bool) -> list[Backend]:
     return sorted(order, key=lambda backend: backend.implementation is None) if plain else order
 
 
-def refusal(backend: Backend, record: Model) -> str | None:
-    """Why a backend cannot serve such a model, as far as its config tells; None if it may."""
+def unfit(record: Model) -> str | None:
+    """Why no backend can serve such a model, as far as its config tells; None if one may."""
     facts = record.facts
     if facts.stateful:
         return (
@@ -53,10 +53,26 @@ def refusal(backend: Backend, record: Model) -> str | None:
         return "it cuts windows by index, not by position, in its local layers; use one with full or sliding-window attention"
     if facts.chunked:
         return "its chunked attention cuts by index, not by position; use a model with full or sliding-window attention"
+    return None
+
+
+def refusal(backend: Backend, record: Model) -> str | None:
+    """Why a backend cannot serve such a model, as far as its config tells and another backend might; None if it may."""
+    facts = record.facts
     if backend.device not in (None, record.device_type):
         return f"it runs on {backend.device} only, and the model is on {record.device_type}"
     reason = backend.refusal(record)
     if reason is None and not facts.can_switch and record.implementation != backend.implementation:
-        load = "" if backend.implementation is None else f"; load it with attn_implementation={backend.implementation!r}"
-        return f"{facts.family} fixes its attention implementation when it is loaded, here {record.implementation!r}{load}"
+        if backend.implementation is not None:
+            way = f"; load it with attn_implementation={backend.implementation!r}"
+        else:
+            way = "".join(f"; use backend={other.name!r}" for other in [instead(record)] if other is not None)
+        return f"{facts.family} fixes its attention implementation when it is loaded, here {record.implementation!r}{way}"
     return reason
+
+
+def instead(record: Model) -> Backend | None:
+    """What can serve a model if anything can: eager, or what it is fixed to, if that is one of ours."""
+    if record.facts.can_switch:
+        return EAGER
+    return next((one for one in BACKENDS.values() if one.implementation == record.implementation), None)

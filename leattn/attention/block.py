@@ -284,6 +284,10 @@ def _before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     call = by_name(module, args, kwargs)
     needs = {*block.needs, *standing_needs(record, call.get("output_attentions"))}
     prepared, block.queries = prepared_call(record, block.columns, block.prompts, call, embedded=block.embedded)
+    if block.replaces:  # a mask that may open everything
+        record.facts.check_seen_tokens(block.queries.stop)
+    else:
+        record.facts.check_seen(block.columns, block.queries)
     tokens = len(prepared["attention_mask"]) * len(block.queries)
     block.padding_hides = hides_tokens(block.columns, prepared["attention_mask"])
     if block.padding_hides:
@@ -307,7 +311,7 @@ def _after(module: Any, _args: tuple[Any, ...], output: Any) -> None:
     if output is not None and not active[-1].masks_asked:
         raise BackendError(
             f"{type(module).__name__} ran without asking for an attention mask, so it did not follow the graph: it never asks "
-            "transformers for a mask, so its layers are not (all) attention that a mask reaches"
+            "transformers for a mask, so what its layers attend to cannot be set; use a model that does"
         )
 
 

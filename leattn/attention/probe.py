@@ -6,13 +6,13 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from leattn.attention.backends import BACKENDS, refusal
+from leattn.attention.backends import BACKENDS, instead, refusal, unfit
 from leattn.attention.block import Block, check_not_in_use, follow, unfollowed
 from leattn.attention.request import NEEDS, Backend
 from leattn.attention.verdicts import KNOWN_CODE, Failure, verdicts
@@ -25,11 +25,19 @@ from leattn.prompt.compile import CompiledPrompt, columns_of, compile_prompt
 
 LENGTHS = {"root": 4, "left": 5, "right": 3, "other": 2, "child": 4, "tail": 3}
 """Tokens of the nodes of :func:`sample`."""
+PLAIN = ("root", "left", "child", "tail")
+"""Those that stand one after the other in it."""
 
 
 def sample_tokens(facts: Facts) -> dict[str, list[int]]:
-    """Random tokens for the nodes of :func:`sample`; more of them where the config speaks of something that begins later."""
-    generator, times = torch.Generator().manual_seed(0), 1 + facts.threshold // LENGTHS["left"]
+    """Random tokens for the nodes of :func:`sample`; more of them where the config speaks of something that begins later.
+
+    But no more than half of the positions that there are: the other half is for trying it further on.
+    """
+    limits = [limit for limit in (facts.position_limit, facts.rope_limit, facts.trained_length) if limit is not None]
+    longest = sum(LENGTHS[name] for name in PLAIN)
+    times = max(1, min(1 + facts.threshold // LENGTHS["left"], min(limits, default=2**31) // (2 * longest)))
+    generator = torch.Generator().manual_seed(0)
     # Token 0 and its neighbours are specials of many families, padding for one, which some leave out.
     low = min(3, facts.vocabulary - 1)
     return {
@@ -91,9 +99,15 @@ def route(model: Any, record: Model, backend: Backend) -> tuple[str | None, bool
 
 def _remembered(model: Any, record: Model, backend: Backend) -> tuple[str | None, bool]:
     """What the config tells, or an earlier process found out, or else what is found out now."""
-    reason = refusal(backend, record)
+    reason = unfit(record)
     if reason is not None:
         return reason, False
+    reason = refusal(backend, record)
+    if reason is not None:
+        # Where the model follows no graph on any backend, it is of no use to name another.
+        other = instead(record)
+        deeper = None if other is None or other is backend else route(model, record, other)[0]
+        return deeper or reason, False
     if BACKENDS.get(backend.name) is not backend:  # the user's own
         return _found_out(model, record, backend)
     kept = verdicts(model, record)
@@ -110,14 +124,30 @@ def _found_out(model: Any, record: Model, backend: Backend) -> tuple[str | None,
     plain = _plain_logits(model, record)
     if isinstance(plain, str):
         return plain, False
+    found: _Finding | None = None
     if record.facts.can_switch:
-        reason = _probe(model, record, backend, plain, native=False)
-        if reason is None:
+        found = _probe(model, record, backend, plain, native=False)
+        if found is None:
             return None, False
     if backend.implementation is not None:
         # Families that compare the name of the implementation, or calculate with the mask.
-        reason = _probe(model, record, backend, plain, native=True)
-    return reason, reason is None
+        found = _probe(model, record, backend, plain, native=True)
+    if found is None:
+        return None, True
+    other, advice = instead(record), found.advice
+    if advice is not None and other is not None and other is not backend and route(model, record, other)[0] is None:
+        advice = f"use backend={other.name!r}"
+    reason = "; ".join(filter(None, (found.fact, advice)))
+    return (Failure(reason) if found.is_raised else reason), False
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """What is wrong on a backend, and what to do if no other one does better; None where the fact says it already."""
+
+    fact: str
+    advice: str | None = ""
+    is_raised: bool = False
 
 
 VOCABULARY = 1000
@@ -141,18 +171,57 @@ def _plain_logits(model: Any, record: Model) -> Tensor | str:
             f"{type(model).__name__} gives {list(logits.shape)} numbers for {ids.shape[1]} tokens, and leattn reads a row of "
             "logits per token; load it as a causal language model, or give its backbone"
         )
-    logits, changed = logits[0], changed[0]
     if not torch.isfinite(logits).all():
         return "its logits are not finite on a small text; check its weights and dtype"
-    if _change(changed[:-1], logits[:-1]) > _allowed(record, _change(changed[-1:], logits[-1:])):
-        return (
-            "a later token of plain text changes an earlier one: its attention is not causal (its config says is_decoder=False "
-            "or asks for both directions), and a graph's is; load it as a decoder"
-        )
-    return logits
+    if not _is_causal(record, logits[0], changed[0]):
+        return _not_causal(model, record, ids, other, logits[0])
+    return logits[0]
 
 
-PLAIN = ("root", "left", "child", "tail")
+def _is_causal(record: Model, logits: Tensor, changed: Tensor) -> bool:
+    """Whether another last token left the logits ``[S, V]`` of those before it as they were."""
+    return _change(changed[:-1], logits[:-1]) <= _allowed(record, _change(changed[-1:], logits[-1:]))
+
+
+def _not_causal(model: Any, record: Model, ids: Tensor, other: Tensor, logits: Tensor) -> str:
+    """Why a later token changes an earlier one, and what helps."""
+
+    def run(tokens: Tensor) -> Tensor:
+        return _logits(model(input_ids=tokens, use_cache=False))[0]
+
+    with probing(model, record), unfollowed(record):
+        with _on_masks(record):
+            again = run(ids)
+        if not _is_causal(record, logits, again):
+            return (
+                "the same text gives other logits each time, in evaluation mode too: something is drawn at random, so that "
+                "nothing can be told of it; use a model that draws nothing"
+            )
+        if record.facts.can_switch and not record.blocks and record.runs_on == "sdpa":
+            # Transformers leaves a causal mask to sdpa, which asks the layer; some layers say that they are not causal.
+            with _on(record, "eager"):
+                is_causal = _is_causal(record, run(ids), run(other))
+            if is_causal:
+                return (
+                    "a later token of plain text changes an earlier one, but not on 'eager': on 'sdpa' its attention goes in "
+                    "both directions, and a graph's is causal; load it with attn_implementation='eager'"
+                )
+    config = record.base.config
+    settings = ((name, getattr(config, name, None), causal) for name, causal in _DIRECTION.items())
+    for name, value, causal in settings:
+        if value not in (None, causal):
+            return (
+                "a later token of plain text changes an earlier one: its attention is not causal (its config says "
+                f"{name}={value!r}), and a graph's is; load it with {name}={causal!r}"
+            )
+    return (
+        "a later token of plain text changes an earlier one: its attention is not causal, and a graph's is; use a model whose "
+        "attention is causal"
+    )
+
+
+_DIRECTION = {"is_decoder": True, "use_bidirectional_attention": False}
+"""Settings of a config that say whether attention is causal, and what they say where it is."""
 
 
 @contextmanager
@@ -161,15 +230,21 @@ def _on_masks(record: Model) -> Iterator[None]:
     if record.blocks or not record.facts.can_switch or record.runs_on in ("eager", "sdpa"):
         yield
         return
+    with _on(record, "eager"):
+        yield
+
+
+@contextmanager
+def _on(record: Model, implementation: str) -> Iterator[None]:
     before = record.implementations()
     try:
-        record.switch("eager")
+        record.switch(implementation)
         yield
     finally:
         record.restore(before)
 
 
-def _probe(model: Any, record: Model, backend: Backend, plain: Tensor, *, native: bool) -> str | None:
+def _probe(model: Any, record: Model, backend: Backend, plain: Tensor, *, native: bool) -> _Finding | None:
     """Six tiny forwards on graphs whose answers are known, whatever the weights are."""
     vocabulary = record.facts.vocabulary
     tokens = sample_tokens(record.facts)
@@ -195,11 +270,11 @@ def _probe(model: Any, record: Model, backend: Backend, plain: Tensor, *, native
             unrelated = logits(sample(changed("other")))
             related = logits(sample(changed("left")))
     except BackendError as error:
-        return str(error)
+        return _Finding(str(error), None)
     except Exception as error:  # whatever a family's code raises is a reason
         raise_if_not_the_models(error)
         hint = "" if native else "its code may calculate with the mask, which is no tensor on this backend: "
-        return Failure(f"{hint}a forward on a small graph fails with {in_words(error)}")
+        return _Finding(f"{hint}a forward on a small graph fails with {in_words(error)}", is_raised=True)
 
     def change(other: dict[str, Tensor], *names: str) -> float:
         return max(_change(other[name], base[name]) for name in names)
@@ -207,26 +282,28 @@ def _probe(model: Any, record: Model, backend: Backend, plain: Tensor, *, native
     # What must not change may change by rounding; what must change moves by far more than that.
     rounding = _allowed(record, change(related, "child"))
     if not all(torch.isfinite(value).all() for value in base.values()):
-        return "its logits are not finite on a small graph; check its weights and dtype"
+        return _Finding("its logits are not finite on a small graph", "check its weights and dtype")
     if change(swapped, "left", "child") > rounding:
-        return (
+        return _Finding(
             f"swapping two siblings changed what their child computes: by {change(swapped, 'left', 'child'):.1e}, and "
             f"{rounding:.1e} is rounding, so something in it goes by the index in the sequence (ALiBi, relative positions, a "
-            "convolution over tokens); use a model with rotary or learned positions"
+            "convolution over tokens, groups of them)",
+            "use a model that goes by position_ids alone",
         )
     if change(unrelated, "left", "child") > rounding:
-        return (
+        return _Finding(
             "changing a node changed one that does not see it: something passes around the mask (a recurrent or convolutional "
-            "layer, code that drops the mask); use a model whose layers are all attention"
+            "layer, code that drops the mask)",
+            "use a model whose layers are all attention",
         )
     if change(related, "child") == 0:
-        return "changing a parent changed nothing at its child: the mask does not reach the model's attention"
+        return _Finding("changing a parent changed nothing at its child: the mask does not reach the model's attention")
     begin = torch.cat([base["root"], base["left"]])
     off = max(_change(chain, plain), _change(everyone, plain), _change(begin, plain[: len(begin)]))
     rounding = _allowed(record, 4 * change(related, "child"))  # of two kernels, not of one
     # What a backend of the user's own computes of plain text is the user's matter: an approximation, say.
     if off > rounding and BACKENDS.get(backend.name) is backend:
-        return (
+        return _Finding(
             f"plain text as a graph differs by {off:.1e} from the model's own forward of it ({rounding:.1e} is rounding): its "
             "positions, or what its attention adds to the mask, are not those of a graph"
         )

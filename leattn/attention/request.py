@@ -187,6 +187,8 @@ class UnderMask:
         function = attention_function(module, self.implementation)
         if self.implementation != "eager":  # which is the family's own, made for what its layers hand over
             check_keywords(kwargs, _parameters(function), f"transformers' {self.implementation}")
+        if self.implementation == "sdpa" and self.mask is None:
+            kwargs["is_causal"] = True  # some layers say that they are not, and rely on a mask
         output: tuple[Tensor, Tensor | None] = function(module, query, key, value, self.mask, **kwargs)
         return output
 

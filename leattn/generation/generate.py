@@ -7,11 +7,12 @@ from typing import Any, TypeAlias, overload
 
 from transformers import PreTrainedTokenizerBase
 
+from leattn.attention.backends import named, unfit
 from leattn.attention.request import Backend
 from leattn.dag.gennode import GenNode
 from leattn.dag.graph import ICLGraph, as_graph
 from leattn.dag.node import ICLNode
-from leattn.errors import LeattnError
+from leattn.errors import BackendError, LeattnError
 from leattn.generation.program import is_program
 from leattn.generation.result import Generation
 from leattn.generation.sink import continue_sinks
@@ -127,7 +128,12 @@ def generate(
             raise LeattnError(
                 f"{name} comes from the prompt; put the tokens into a node, or use leattn.attend with model.generate"
             )
-    Model.of(model)  # says of what is no model that it is none
+    reason = unfit(Model.of(model))  # what no option changes goes before all that is said of options
+    if reason is not None:
+        is_auto = isinstance(backend, str) and backend == "auto"
+        cannot = "{} cannot follow a graph" if is_auto else "backend {!r} cannot run this model"
+        who = cannot.format(type(model).__name__ if is_auto else named(backend).name)
+        raise BackendError(f"{who}: {reason}")
     reader = tokenizer
     if reader is None:
         own = (item.tokenizer for item in targets if isinstance(item, CompiledPrompt))

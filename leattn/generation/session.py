@@ -66,6 +66,8 @@ def session(
             "interventions follow the layout of one compiled prompt, and here tokens run in another order; leave the intervene "
             "block first (what a program wrote compiles, as result.realised, to a prompt to intervene on)"
         )
+    columns = Columns([Row(program.visible)], record.device)
+    block = block_for(model, record, columns, backend)  # a model that follows no graph at all says so first
     beside = record.facts.cached_beside
     if beside is not None:
         which = "a program" if kv_store is None else "kv_store"
@@ -73,8 +75,6 @@ def session(
     record.facts.check_token(*max((max(unit.ids, default=0), unit.name) for unit in program.units))
     if kv_store is not None:
         check_store(model, kv_store)
-    columns = Columns([Row(program.visible)], record.device)
-    block = block_for(model, record, columns, backend)
     parents = np.array([len(seen) for seen in program.sees])
     warn_of(model, record, program.visible, parents, lambda i: program.units[i].name)
     with follow(block), torch.no_grad():

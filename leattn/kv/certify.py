@@ -97,9 +97,10 @@ def _tried(model: Any, record: Model) -> Certificate:
 
 
 def _certify(model: Any, record: Model) -> Certificate:
-    if record.facts.cached_beside is not None:
-        return Certificate(record.facts.cached_beside, record.facts.cached_beside)
     tokens = sample_tokens(record.facts)
+    if record.facts.cached_beside is not None:
+        prepare(model, record, sample(tokens))  # a model that follows no graph at all says so first
+        return Certificate(record.facts.cached_beside, record.facts.cached_beside)
     cold, logits = _run(model, record, sample(tokens))
     swapped, _ = _run(model, record, sample(tokens, swap=True))
     alone: dict[str, NodeKV] = {}
@@ -131,17 +132,13 @@ def _certify_shift(
     if facts.rope_limit is not None:
         return Certificate(None, "its rotary angles depend on the length of the input (dynamic NTK, longrope)")
     limits = [limit for limit in (facts.position_limit, facts.trained_length) if limit is not None]
-    last = min(limits, default=2 * _OFFSETS[-1]) - len(sample(tokens))
+    last = min(limits, default=2 * _OFFSETS[-1]) - 1 - int(sample(tokens).position_ids.max())
     starts = sorted(start for start in {*_OFFSETS, last} if 0 < start <= last)
     if not starts:
         return Certificate(None, f"{min(limits)} positions are too few to try it")
     moved = [_run(model, record, sample(tokens, start=start))[0] for start in starts]
-    try:
-        possible = _possible(record, len(cold["root"].keys))
-    except BackendError as error:
-        return Certificate(None, str(error))
     turns = []
-    for layer, candidates in enumerate(possible):
+    for layer, candidates in enumerate(_possible(record, len(cold["root"].keys))):
         best = []
         for part in ("keys", "values"):
             ways = [(_errors(turn, part, layer, cold, moved), turn) for turn in candidates]
@@ -154,6 +151,8 @@ def _certify_shift(
                 limit = allowed if start == starts[0] else far
                 if off > limit:
                     why = "no rotation of its family gives what is recomputed"
+                    if candidates == [None]:
+                        why = "it has no rotary embedding, and its keys change with the position"
                     if facts.position_limit is not None and candidates == [None]:
                         why = "its positions are learned" if facts.positions_learned else "its positions are in a fixed table"
                     return Certificate(

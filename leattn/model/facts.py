@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from leattn.errors import BackendError, LeattnWarning
+from leattn.prompt.columns import Columns
 from leattn.prompt.compile import CompiledPrompt
 
 
@@ -25,9 +26,10 @@ class Facts:
     ``windows`` is the sliding window of each layer type that a model takes a mask for; one unnamed type ``""`` where all layers
     are alike. ``first_position`` is what the model's own count of positions begins with. ``position_limit`` is how many
     positions a table holds, ``rope_limit`` up to where rotary angles do not depend on the length of the input, ``index_limit``
-    how many tokens a sequence may have before its attention depends on their index in it, ``trained_length`` what the model was
-    trained for; None where there is no such thing. ``threshold`` is how many tokens it takes to see what the config says
-    begins later. ``cached_beside`` is why its cache cannot be put together from keys and values, or None.
+    how many tokens a sequence may have before its attention depends on their index in it, ``seen_limit`` how many a token may
+    see before the model chooses among them, ``trained_length`` what the model was trained for; None where there is no such
+    thing. ``threshold`` is how many tokens it takes to see what the config says begins later. ``cached_beside`` is why its
+    cache cannot be put together from keys and values, or None.
     """
 
     family: str
@@ -49,6 +51,7 @@ class Facts:
     positions_learned: bool
     rope_limit: int | None
     index_limit: int | None
+    seen_limit: int | None
     trained_length: int | None
     threshold: int
 
@@ -67,15 +70,32 @@ class Facts:
             )
 
     def check_positions(self, prompts: Sequence[CompiledPrompt], *, new_tokens: int = 0) -> None:
-        """Refuse positions past a table or a length-dependent RoPE's limit; warn past what RoPE was trained for.
+        """Refuse positions past a table or a length-dependent RoPE's limit, and sequences in which attention depends on the
+        index; warn past what RoPE was trained for.
 
         The last of ``new_tokens`` is not fed.
         """
+        fed = max(0, new_tokens - 1)
         for prompt in prompts:
-            last = max(int(prompt.position_ids.max()), int(prompt.position_ids[0, -1]) + max(0, new_tokens - 1))
+            last = max(int(prompt.position_ids.max()), int(prompt.position_ids[0, -1]) + fed)
             which = f"the last position is {last}" + (f" with {new_tokens} new tokens" if new_tokens else "")
             self.check_last_position(last, which)
-        self.check_length(max((len(prompt) for prompt in prompts), default=0) + max(0, new_tokens - 1))
+            self.check_length(len(prompt) + fed)
+            self.check_seen(prompt.columns, range(len(prompt) + fed))
+
+    def check_seen(self, columns: Columns, queries: range) -> None:
+        """Refuse tokens that see so many others that the model chooses among them."""
+        if self.seen_limit is not None:
+            self.check_seen_tokens(columns.most_seen(queries))
+
+    def check_seen_tokens(self, seen: int) -> None:
+        """Refuse a number of tokens that one token sees, itself among them."""
+        if self.seen_limit is not None and seen > self.seen_limit:
+            raise BackendError(
+                f"{seen} tokens: where one token sees more than {self.seen_limit}, {self.family} attends to the "
+                f"{self.seen_limit} with the best scores, and among equal scores it goes by the index in the sequence, which a "
+                "graph's positions cannot reach; let nodes see fewer or shorter ones"
+            )
 
     def check_length(self, tokens: int) -> None:
         """Refuse a sequence in which attention depends on the index."""
@@ -126,8 +146,9 @@ def read_facts(base: PreTrainedModel) -> Facts:
         positions_learned=isinstance(table, Parameter),
         rope_limit=_rope_limit(config),
         index_limit=_index_limit(config),
+        seen_limit=_seen_limit(config),
         trained_length=getattr(config, "max_position_embeddings", None),
-        threshold=0 if _index_limit(config) is not None else _threshold(config),
+        threshold=_threshold(config) if _index_limit(config) is None and _seen_limit(config) is None else 0,
     )
 
 
@@ -206,15 +227,30 @@ _POSITIONS = re.compile(r"(^|\.)(wpe|\w*position\w*|pos_emb\w*)(\.weights?)?$")
 
 
 def _index_limit(config: Any) -> int | None:
-    """How many tokens a sequence may have before something is cut, chosen or scaled by the index; None if nothing ever is."""
+    """How many tokens a sequence may have before something is cut or scaled by the index; None if nothing ever is."""
     limits = []
     if getattr(config, "floor_scale", None) and getattr(config, "attn_temperature_tuning", False):  # Llama 4
         limits.append(int(config.floor_scale) - 1)
-    if getattr(config, "index_topk", None):  # DeepSeek sparse attention: fewer keys are all taken
+    if getattr(config, "index_topk", None) and _seen_limit(config) is None:
         limits.append(int(config.index_topk))
     if getattr(config, "index_topk_blocks", None) and getattr(config, "index_block_size", None):  # MiniMax M3
         limits.append(int(config.index_topk_blocks) * int(config.index_block_size))
     return min(limits, default=None)
+
+
+def _seen_limit(config: Any) -> int | None:
+    """How many tokens an indexer may choose among: as many as it takes, or fewer, are all taken (DeepSeek sparse attention).
+
+    Equal scores are no accident: a token that no head of the indexer cares for has 0. Indexers that choose among groups of
+    tokens, which are cut by the index, are another matter.
+    """
+    grouped = any(_GROUPS.search(name) for name in config.to_dict())
+    topk = getattr(config, "index_topk", None)
+    return None if grouped or not topk else int(topk)
+
+
+_GROUPS = re.compile(r"compress_r|pool")
+"""Settings that say how many tokens are one to an indexer (DeepSeek V4, GLM 5), by name."""
 
 
 def _threshold(config: Any) -> int:

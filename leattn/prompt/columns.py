@@ -264,6 +264,11 @@ class Columns:
         """Those of each row."""
         return [row.stretches(queries) for row in self.rows]
 
+    def most_seen(self, queries: range) -> int:
+        """How many columns one of these queries sees at most, its own among them."""
+        every = [stretch for stretches in self.stretches(queries) for stretch in stretches]
+        return max((each.stop - each.start + sum(stop - start for start, stop in each.seen) for each in every), default=1)
+
     def dense(self, queries: range, keys: int, window: int | None = None) -> Tensor:
         """Who may attend, ``[P, Q, K]`` bool. Windows are measured in positions, ``pos_q − pos_k < window``."""
         mask = torch.zeros(len(self.rows), len(queries), keys, dtype=torch.bool)
