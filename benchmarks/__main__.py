@@ -15,11 +15,11 @@ import torch
 import transformers
 
 import leattn
-from benchmarks import attention, branches, cached, plain, planning
+from benchmarks import attention, branches, cached, plain, planning, readings
 from benchmarks.row import FULL, QUICK, Effort, Result, Row
 from benchmarks.table import judgement, number
 
-ROWS: tuple[Row, ...] = (*attention.ROWS, *plain.ROWS, *cached.ROWS, *branches.ROWS, *planning.ROWS)
+ROWS: tuple[Row, ...] = (*attention.ROWS, *plain.ROWS, *cached.ROWS, *branches.ROWS, *planning.ROWS, *readings.ROWS)
 
 
 def select(names: Iterable[str]) -> list[Row]:

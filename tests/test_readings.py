@@ -319,8 +319,8 @@ def test_what_is_no_group():
     a = ICLNode([1])
     with pytest.raises(GraphError, match="one node or more"):
         read([])
-    with pytest.raises(GraphError, match="exist already"):
-        read(["a"])
+    with pytest.raises(GraphError, match="a parent is an ICLNode that exists already"):
+        ICLNode([9], [read(["a"], scale=2.0)])
     with pytest.raises(GraphError, match="read in one way"):
         read([read(a, scale=2.0)])
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from leattn.attention.group import Group, Ints, picked, select
-from leattn.attention.kernels import TEMPORARY, Kernel
+from leattn.attention.kernels import TEMPORARY, Kernel, needs_gradient
 from leattn.attention.reading import numbers, read_parts, read_scores, scaled_scores
 from leattn.dag.reading import Reading
 from leattn.prompt.columns import Stretch, columns_in
@@ -23,6 +24,8 @@ from leattn.prompt.visible import Run
 
 PIECES = 4
 """Intervals up to which a group is read piece by piece, which copies nothing; more are put side by side."""
+FEW = 4
+"""Queries up to which scores are made at once, where what is seen is one interval: most of the time is then spent on calls."""
 QUERIES = 256
 """Queries whose scores are held at once where no kernel returns the log-sum-exp."""
 
@@ -58,10 +61,22 @@ class Reader:
         """Where the keys of its parts are."""
         return [select(part.columns, device) for part in self.parts]
 
+    @cached_property
+    def span(self) -> int | None:
+        """Where what a few queries see begins, if they see everything from there on: one product has all their scores."""
+        if self.count > 1 or self.length > FEW:
+            return None
+        first = min((int(part.columns[0]) for part in self.parts), default=self.start)
+        return first if sum(len(part.columns) for part in self.parts) == self.start - first else None
+
     def run(
         self, kernel: Kernel, index: list[slice | Tensor], query: Tensor, key: Tensor, value: Tensor, output: Tensor
     ) -> None:
         """Query ``[B, H, Q, D]`` over key and value ``[B, G, K, D]`` of all columns, into output ``[B, Q, H, D]``."""
+        span = self.span
+        if span is not None and self.own_mask is None:
+            output.copy_(self._at_once(kernel, query, key[:, :, span : self.stop], value[:, :, span : self.stop], span))
+            return
         seen = [(picked(key, at), picked(value, at)) for at in index]
         if not kernel.with_lse or self.own_mask is not None:
             for start, stop in self._cuts():
@@ -74,6 +89,22 @@ class Reader:
         for piece in Group(self.start, self.length, self.count, ()).pieces(most):
             columns = slice(piece.start - self.start, piece.stop - self.start)
             self._by_parts(kernel, query[:, :, columns], key, value, piece, seen, output[:, columns])
+
+    def _at_once(self, kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, span: int) -> Tensor:
+        """All scores of a few queries, over the columns from ``span`` on; ``[B, Q, H, D]``."""
+        scores = scaled_scores(query, key, kernel.scaling).float()
+        if self.length > 1:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(key.shape[2] - self.length + 1)
+            scores = scores.masked_fill(later, -torch.inf)
+        everything = torch.ones((), dtype=torch.bool, device=scores.device)
+        for group, reading in enumerate(self.readings):
+            columns = np.concatenate([part.columns for part in self.parts if part.group == group]) - span
+            at = select(columns, scores.device)
+            moved = kernel.moved(query, reading)
+            part = scores[..., at] if moved is query else scaled_scores(moved, key[:, :, at], kernel.scaling).float()
+            scores = scores.clone() if needs_gradient(scores) else scores
+            scores[..., at] = read_scores(part, everything, reading)
+        return weighted(scores.softmax(-1).to(query.dtype), value)
 
     def _by_parts(
         self,
@@ -120,7 +151,7 @@ class Reader:
         seen: Sequence[tuple[Tensor, Tensor]],
     ) -> Tensor:
         """All scores of some queries of one stretch, side by side; ``[B, Q, H, D]``."""
-        device, (rows, heads, length, _) = query.device, query.shape
+        device, length = query.device, query.shape[2]
         first, keys = queries.start % self.length, own[0].shape[2]
         mask = torch.ones(length, keys, dtype=torch.bool, device=device).tril_(keys - length)
         if self.own_mask is not None:
@@ -139,16 +170,21 @@ class Reader:
             else:
                 scores.append(read_scores(of_group, visible, self.readings[group]))
         weights = torch.cat(scores, -1).softmax(-1).to(query.dtype)
-        values = torch.cat([own[1], *(each for _, each in seen)], 2)  # [B, G, C, D]
-        groups = values.shape[1]
-        folded = weights.reshape(rows, groups, heads // groups * length, -1) @ values
-        return folded.view(rows, groups, heads // groups, length, -1).flatten(1, 2).transpose(1, 2)
+        return weighted(weights, torch.cat([own[1], *(each for _, each in seen)], 2))
 
     def _cuts(self) -> Iterator[tuple[int, int]]:
         """Columns of as many queries as are computed at once; each cut within one stretch."""
         for first in range(self.start, self.stop, self.length):
             for start in range(first, first + self.length, QUERIES):
                 yield start, min(start + QUERIES, first + self.length)
+
+
+def weighted(weights: Tensor, value: Tensor) -> Tensor:
+    """Values ``[B, G, K, D]`` by weights ``[B, H, Q, K]``, ``[B, Q, H, D]``."""
+    rows, heads, length, keys = weights.shape
+    groups = value.shape[1]
+    folded = weights.reshape(rows, groups, heads // groups * length, keys) @ value
+    return folded.view(rows, groups, heads // groups, length, -1).flatten(1, 2).transpose(1, 2)
 
 
 def readers(stretches: Sequence[Stretch], positions: Ints | None, window: int | None) -> Iterator[Reader]:

@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from leattn.dag.builders import Content, Root, as_root
-from leattn.dag.documents import DocumentTemplate, documents_of
+from leattn.dag.documents import DocumentTemplate, documents_of, ungrouped
 from leattn.dag.gennode import GenNode
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode, Prefix
+from leattn.dag.reading import Read
 from leattn.dag.template import Message, Span, Template, content_of, locate, turns_of, which
 from leattn.dag.written import check_written, gap_of, options_of, with_headers, with_stand_ins
 from leattn.errors import GraphError
@@ -36,7 +37,7 @@ NOT_FOR_TEMPLATES = (
 def from_chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
-    documents: Sequence[Content] = (),
+    documents: Sequence[Content | Read] | Read = (),
     *,
     document_template: DocumentTemplate | None = None,
     document_separator: Content = "",
@@ -62,7 +63,8 @@ def from_chat(
     documents
         Texts or token ids. They stand in the last user turn, right before the user's text, and are tokenized each by itself.
         Each sees what stands before it, its turn's header included, and no other document; the user's text, and all that
-        follows, sees every one. Nothing in the text of a document becomes a control token.
+        follows, sees every one, in groups of :func:`leattn.read` as those say. Nothing in the text of a document becomes a
+        control token.
     document_template
         How each is written: a format string with ``{text}`` and, if wanted, its number ``{i}``, from 1; or a function of number
         and document, which returns text or token ids. Text around text is tokenized with it, as text too; text around token
@@ -141,7 +143,8 @@ def from_chat(
 
     A control string in the text of a message, unlike in a document, is parsed as ``apply_chat_template`` parses it.
     """
-    checked = _checked(tokenizer, messages, documents, template_options)
+    contents, groups = ungrouped(documents)
+    checked = _checked(tokenizer, messages, template_options)
     last, written_last = len(checked) - 1, "generate" in checked[-1]
     if written_last and add_generation_prompt is False:
         raise GraphError(f"{which(checked, last)} is written after its header; leave out add_generation_prompt=False")
@@ -160,25 +163,28 @@ def from_chat(
     ids, token_starts = _tokenized(tokenizer, text, sorted(gaps.values()))
     bounds = [0, *(int(np.searchsorted(token_starts, start)) for _, start in turns[1:]), len(ids)]
     asker = max((i for i, message in enumerate(checked) if message["role"] == "user"), default=None)
-    if documents and asker is None:
+    if contents and asker is None:
         raise GraphError("documents stand before the text of the last user message, but no message is from a user; add one")
-    if documents and asker is not None and asker not in places:
+    if contents and asker is not None and asker not in places:
         raise GraphError(f"the template shows no text of {which(checked, asker)}, so documents have no place; give it some")
     names = _names(checked)
-    framed = documents_of(tokenizer, documents, document_template, document_separator, document_ids)
+    framed = documents_of(tokenizer, contents, document_template, document_separator, document_ids)
     nodes: list[ICLNode] = list(as_root(root, tokenizer))
+    readings: list[Read] = []  # of what follows the documents
 
     def add(token_ids: Sequence[int], name: str) -> None:
-        nodes.append(ICLNode(token_ids, Prefix(nodes, len(nodes)), name))
+        nodes.append(ICLNode(token_ids, Prefix(nodes, len(nodes), tuple(readings)), name))
 
     for (i, _), start, stop in zip(turns, bounds, bounds[1:], strict=False):
-        if documents and i == asker:
+        if contents and i == asker:
             text_start = min(max(int(np.searchsorted(token_starts, places[i][0])), start), stop)
             if start < text_start:
                 add(ids[start:text_start], f"{names[i]} header")
             before = Prefix(nodes, len(nodes))
             for document, name in framed:
                 nodes.append(ICLNode(document, before, name, special_tokens="text"))
+            shown_documents = nodes[len(before) :]
+            readings += [Read(tuple(shown_documents[k] for k in members), reading) for members, reading in groups]
             start = text_start
         if i in gaps:
             written = int(np.searchsorted(token_starts, gaps[i][0]))
@@ -188,12 +194,12 @@ def from_chat(
                     "before it, so its node would have no header; build the graph from ICLNodes"
                 )
             options = options_of(tokenizer, render, checked, marked, i)
-            nodes.append(GenNode(ids[start:written], Prefix(nodes, len(nodes)), names[i], **options))
+            nodes.append(GenNode(ids[start:written], Prefix(nodes, len(nodes), tuple(readings)), names[i], **options))
             if written < stop:
                 add(ids[written:stop], f"{names[i]} footer")
         elif start < stop:
             add(ids[start:stop], names[i])
-        elif content_of(checked[i]).strip() or (documents and i == asker):
+        elif content_of(checked[i]).strip() or (contents and i == asker):
             raise GraphError(f"{which(checked, i)} has no token of its own in the rendered conversation; give it more text")
     return ICLGraph(*nodes)
 
@@ -222,9 +228,7 @@ def _place(text: str, start: int, end: int) -> int:
     return start + (len(token) - len(token.lstrip()) if token.strip() else 0)
 
 
-def _checked(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], documents: Sequence[Content], options: Mapping[str, Any]
-) -> list[Message]:
+def _checked(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Mapping[str, Any]) -> list[Message]:
     kind = type(tokenizer).__name__
     if not getattr(tokenizer, "is_fast", False):
         raise GraphError(f"{kind} is a slow tokenizer, which does not say where its tokens stand; load the fast one")
@@ -233,8 +237,6 @@ def _checked(
     wrong = next((name for name in options if name in NOT_FOR_TEMPLATES), None)
     if wrong is not None:
         raise GraphError(f"{wrong!r} is no option of from_chat, which renders and tokenizes by itself; leave it out")
-    if isinstance(documents, str):
-        raise GraphError(f"documents is a list of texts, not the single text {documents[:40]!r}; put it in a list")
     if isinstance(messages, str | Mapping) or not messages:
         raise GraphError(f"messages is a list of mappings with 'role' and 'content', not {messages!r}; give at least one")
     for i, message in enumerate(messages):

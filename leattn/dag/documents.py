@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from leattn.dag.builders import Content
 from leattn.dag.node import ICLNode
+from leattn.dag.reading import Read, Reading
 from leattn.errors import GraphError
 
 if TYPE_CHECKING:
@@ -15,6 +16,20 @@ if TYPE_CHECKING:
 
 DocumentTemplate: TypeAlias = str | Callable[[int, Content], Content]
 """``"Document [{i}] {text}"``, or a function of the number, from 1, and the document, which gives text or token ids."""
+
+
+def ungrouped(documents: Sequence[Content | Read] | Read) -> tuple[list[Content], list[tuple[list[int], Reading]]]:
+    """All documents in order, and the groups among them that are read in another way, as indices."""
+    if isinstance(documents, str):
+        raise GraphError(f"documents is a list of texts, not the single text {documents[:40]!r}; put it in a list")
+    contents: list[Content] = []
+    groups = []
+    for document in documents:
+        several = document.nodes if isinstance(document, Read) else (document,)
+        if isinstance(document, Read) and not document.reading.is_identity:
+            groups.append((list(range(len(contents), len(contents) + len(several))), document.reading))
+        contents += several
+    return contents, groups
 
 
 def documents_of(

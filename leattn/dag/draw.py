@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from leattn.dag.gennode import mark
 from leattn.dag.node import ICLNode
+from leattn.dag.reading import Reading
 
 MAX_LINES = 400
 MAX_DEPTH = 120
@@ -38,7 +39,8 @@ def draw(sinks: Sequence[ICLNode], names: Mapping[ICLNode, str], *, name_limit: 
         node, prefix, is_last, depth = stack.pop()
         repeated = node in drawn and not repeat
         drawn.add(node)
-        label = (" ".join(names[node][:name_limit].split()) or repr(names[node])) + mark(node)
+        ways = reads((len(group.nodes), group.reading) for group in node.readings)
+        label = (" ".join(names[node][:name_limit].split()) or repr(names[node])) + mark(node) + ways
         lines.append(prefix + ("└── " if is_last else "├── ") + label + (" ↑" if repeated and node.parents else ""))
         if repeated or not node.parents:
             continue
@@ -52,3 +54,8 @@ def draw(sinks: Sequence[ICLNode], names: Mapping[ICLNode, str], *, name_limit: 
         for i in range(len(parents) - 1, -1, -1):
             stack.append((parents[i], inner, last and i == len(parents) - 1, depth + 1))
     return "\n".join(lines)
+
+
+def reads(groups: Iterable[tuple[int, Reading]]) -> str:
+    """What stands behind the name of a node that reads groups of so many nodes in other ways."""
+    return "".join(f"  ◂ {count} at {reading}" for count, reading in groups)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from leattn.errors import GraphError
 
 if TYPE_CHECKING:
+    from leattn.dag.builders import Content
     from leattn.dag.node import ICLNode
 
 _SYMBOLS = {"temperature": "τ", "scale": "σ", "log_weight": "b", "shift": "δ"}
@@ -72,9 +73,12 @@ class Reading:
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """A group of nodes among ``parents``, and how they are read. Iterates as itself: ``[a, *read(b)]`` is ``[a, read(b)]``."""
+    """A group of nodes among ``parents``, and how they are read; in :func:`leattn.from_chat` of documents, as they come.
 
-    nodes: tuple[ICLNode, ...]
+    Iterates as itself: ``[a, *read(b)]`` is ``[a, read(b)]``.
+    """
+
+    nodes: tuple[Any, ...]
     reading: Reading
 
     def __iter__(self) -> Iterator[Read]:
@@ -82,7 +86,7 @@ class Read:
 
 
 def read(
-    nodes: ICLNode | Iterable[ICLNode],
+    nodes: ICLNode | Iterable[ICLNode | Content],
     *,
     temperature: float = 1.0,
     scale: float = 1.0,
@@ -100,7 +104,8 @@ def read(
     Parameters
     ----------
     nodes
-        One node or several. Several groups of one node are several calls.
+        One node or several; among the documents of :func:`leattn.from_chat`, texts or token ids. Several groups are several
+        calls.
     temperature
         τ > 0. Below 1 the group is read more sharply.
     scale
@@ -117,7 +122,7 @@ def read(
     Raises
     ------
     GraphError
-        No nodes, something that is no node, or numbers that :class:`Reading` refuses.
+        No nodes, a group in a group, or numbers that :class:`Reading` refuses.
 
     Examples
     --------
@@ -131,14 +136,12 @@ def read(
       2  doc 2   tokens 5:8   positions 2:5  ■⬚■⬚
       3  Q       tokens 8:10  positions 5:7  ■▣▣■  ▣ τ 0.8
     """
-    given: list[Any] = [nodes] if hasattr(nodes, "parents") else list(nodes)
+    given: list[Any] = [nodes] if hasattr(nodes, "parents") or isinstance(nodes, str) else list(nodes)
     if not given:
         raise GraphError("a reading is of one node or more; leave it out where there is none")
     for node in given:
         if isinstance(node, Read):
             raise GraphError("a group is read in one way; give each group a read() of its own among the parents")
-        if not hasattr(node, "parents"):
-            raise GraphError(f"a reading is of nodes that exist already, not of {node!r}")
     reading = Reading(temperature, scale, log_weight, shift, layers, heads)  # type: ignore[arg-type]
     return Read(tuple(given), reading)
 

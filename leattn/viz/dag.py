@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from leattn.dag.draw import reads
 from leattn.dag.gennode import GenNode, mark
 from leattn.dag.graph import ICLGraph, as_graph
 from leattn.dag.node import ICLNode, Prefix
+from leattn.dag.reading import Reading
 from leattn.prompt.compile import CompiledPrompt
 from leattn.viz.boxes import FONT, HEIGHT, Boxes
 from leattn.viz.canvas import finish, new_axes, size_inches, title_width
@@ -38,7 +40,8 @@ def plot_dag(
     """Which node sees which: an arrow runs from a parent down to the node that names it.
 
     A box has the colour of its node in every other picture, an arrow that of the parent it starts from. The outline of a
-    node that the model writes is dashed, and in graphs of up to ``SMALL`` nodes its label says how many tokens at most.
+    node that the model writes is dashed, and in graphs of up to ``SMALL`` nodes its label says how many tokens at most; behind
+    ◂ stands how many nodes are read in another way than as they are, and how.
 
     Parameters
     ----------
@@ -75,6 +78,9 @@ def plot_dag(
         cut = {(parent, child) for parent, child in edges if not graph.visible.sees(child, parent)}
     limit = 28 if count <= SMALL else 12
     marks = [mark(node) if count <= SMALL else "✎" * isinstance(node, GenNode) for node in nodes]
+    readings = _readings(graph, nodes)
+    for i, groups in readings.items() if count <= SMALL else ():
+        marks[i] += reads(groups)
     labels = [drawable(f"{drawable(name, limit)} {sign}", 48) for name, sign in zip(nodes.names.values(), marks, strict=True)]
     written = {i for i, node in enumerate(nodes) if isinstance(node, GenNode)}
     widths = [max(text_width(label, FONT) + 0.2, 0.42) for label in labels]
@@ -87,6 +93,7 @@ def plot_dag(
         some = some if total == len(edges) else f"the {len(edges):,} shortest of {some}"
         title = f"prompt graph: {count:,} node{'s' * (count != 1)}, {some}" + (f" ({len(cut)} cut)" if cut else "")
         title += f"; dashed: written by the model ({len(written):,})" if written else ""
+        title += f"; {len(readings):,} read otherwise" if readings else ""
 
     arcs = _arcs(layout, edges, widths)
     ax, size = _axes(ax, layout, widths, arcs, title)
@@ -98,6 +105,15 @@ def plot_dag(
     else:
         boxes.draw_collections(straight)
     return finish(ax, title, path)
+
+
+def _readings(graph: object, nodes: ICLGraph) -> dict[int, list[tuple[int, Reading]]]:
+    """The nodes that read groups in other ways, by layout index: how many nodes each group has, and how it is read."""
+    if isinstance(graph, CompiledPrompt):
+        readings = graph.visible.readings.items()
+        return {i: [(sum(stop - start for start, stop in runs), how) for runs, how in groups] for i, groups in readings}
+    each = ((i, [(len(group.nodes), group.reading) for group in node.readings]) for i, node in enumerate(nodes))
+    return {i: groups for i, groups in each if groups}
 
 
 def _edges(graph: ICLGraph) -> tuple[list[tuple[int, int]], int]:

@@ -17,7 +17,7 @@ from leattn.prompt.columns import Row
 from leattn.prompt.masks import block_counts
 from leattn.viz.brackets import square
 from leattn.viz.canvas import finish, label_axes, size_inches
-from leattn.viz.style import MASKED, FloatArray, drawable, lighten, node_shades, shades
+from leattn.viz.style import MASKED, FloatArray, drawable, lighten, node_shades, shades, text_width
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +52,7 @@ def plot_mask(
     """Who may attend to whom: queries downwards, keys to the right, grey where masked.
 
     A column has the colour of its key node: strong in the triangle where the node attends to itself, light where others
-    see it.
+    see it. Hatched is what its query reads in another way than as it is (:func:`leattn.read`).
 
     Parameters
     ----------
@@ -97,6 +97,7 @@ def plot_mask(
         tokens = f"{len(prompt):,} token{'s' * (len(prompt) != 1)}"
         density = f"{prompt.density:.2f}" if prompt.density >= 0.1 else f"{prompt.density:.2g}"
         title = f"attention mask: {tokens}, {nodes}, density {density}"
+        title += "; hatched: read otherwise" if prompt.visible.readings else ""
     side = 4.2 if count <= 24 else 5.6
     ax, brackets = square(ax, bounds.astype(np.float64), labels, title, side, left=0.3, bottom=0.55, right=0.75)
     total = int(bounds[-1])
@@ -106,6 +107,7 @@ def plot_mask(
         _draw_image(ax, prompt.visible, bounds)
     else:
         _draw_outlines(ax, found, bounds, stairs=stairs)
+    _draw_readings(ax, prompt.visible, bounds)
     _draw_grid(ax, bounds, stairs=stairs)
     _draw_axes(ax, total, scale)
     brackets.draw(ax)
@@ -159,6 +161,26 @@ def _draw_outlines(ax: Axes, found: list[Rectangle], bounds: npt.NDArray[np.int6
     narrow = np.array([_narrowest(parts[k]) for k in filled]) * min(size_inches(ax)) * 72 / bounds[-1] < 1.5
     lines = np.where(narrow, 1.2, 0.0 if stairs else 0.3)
     ax.add_collection(PathCollection(outlines, facecolors=colour, edgecolors=colour, linewidths=lines), autolim=False)
+
+
+def _draw_readings(ax: Axes, visible: Visible, bounds: npt.NDArray[np.int64]) -> None:
+    """Hatched rectangles, with the way of reading in those that have room for it."""
+    corners = []
+    for i, groups in visible.readings.items():
+        for runs, reading in groups:
+            for start, stop in runs:
+                x0, x1, y0, y1 = bounds[start], bounds[stop], bounds[i], bounds[i + 1]
+                corners.append(np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], dtype=np.float64))
+            start, stop = max(runs, key=lambda run: int(bounds[run[1]] - bounds[run[0]]))
+            label, points = str(reading), min(size_inches(ax)) * 72 / bounds[-1]
+            wide, high = (bounds[stop] - bounds[start]) * points, (bounds[i + 1] - bounds[i]) * points
+            if high >= 9 and wide >= 72 * text_width(label, 7.0):
+                middle = (bounds[start] + bounds[stop]) / 2, (bounds[i] + bounds[i + 1]) / 2
+                ax.text(*middle, label, fontsize=7.0, ha="center", va="center", zorder=3)
+    if corners:
+        outline = Outline.make_compound_path(*(Outline(corner, closed=False) for corner in corners))
+        hatched = PathCollection([outline], facecolors="none", edgecolors="white", hatch="////", linewidths=0.0, zorder=1.2)
+        ax.add_collection(hatched, autolim=False)
 
 
 def _narrowest(corners: list[FloatArray]) -> float:
