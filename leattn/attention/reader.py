@@ -96,14 +96,13 @@ class Reader:
         if self.length > 1:
             later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(key.shape[2] - self.length + 1)
             scores = scores.masked_fill(later, -torch.inf)
-        everything = torch.ones((), dtype=torch.bool, device=scores.device)
         for group, reading in enumerate(self.readings):
             columns = np.concatenate([part.columns for part in self.parts if part.group == group]) - span
             at = select(columns, scores.device)
             moved = kernel.moved(query, reading)
             part = scores[..., at] if moved is query else scaled_scores(moved, key[:, :, at], kernel.scaling).float()
             scores = scores.clone() if needs_gradient(scores) else scores
-            scores[..., at] = read_scores(part, everything, reading)
+            scores[..., at] = read_scores(part, None, reading)
         return weighted(scores.softmax(-1).to(query.dtype), value)
 
     def _by_parts(

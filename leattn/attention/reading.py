@@ -57,16 +57,19 @@ def _of_heads(reading: Reading, heads: int, device: torch.device) -> Tensor:
     return holds
 
 
-def read_scores(scores: Tensor, visible: Tensor, reading: Reading) -> Tensor:
+def read_scores(scores: Tensor, visible: Tensor | None, reading: Reading) -> Tensor:
     """Scores ``[…, H, Q, C]`` of a group as its reader takes them; −inf where it does not see (``visible`` broadcasts).
 
     With s / τ in place of s, and L the log-sum-exp of that over the group, every score gets (σ·τ − 1)·L + b: a softmax over the
     whole row then gives the group the weight exp(σ·τ·L + b), shared out as its own softmax does.
     """
     temperature, scale, weight = numbers(reading, scores.shape[-3], scores.device)
-    sharp = (scores / temperature).masked_fill(~visible, -torch.inf)
+    sharp = scores / temperature
+    if visible is not None:
+        sharp = sharp.masked_fill(~visible, -torch.inf)
     total = sharp.logsumexp(-1, keepdim=True)
-    total = total.masked_fill(total == -torch.inf, 0.0)  # nobody is there to weigh
+    if visible is not None:
+        total = total.masked_fill(total == -torch.inf, 0.0)  # nobody is there to weigh
     return sharp + ((scale * temperature - 1) * total + weight)
 
 
