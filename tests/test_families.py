@@ -83,7 +83,7 @@ EXPECTED = {
     "qwen2_vl": "e--ee--",
     "gemma3": "e--ee--",
     "mllama": "e--ee--",
-    "paligemma": "rrrrrrr",
+    "paligemma": "errrrrr",
     "musicgen": "rrrrrrr",
 }
 MEANING = {"e": "exact", "r": "refused"}

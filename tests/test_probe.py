@@ -170,6 +170,27 @@ class TestCausality:
             leattn.forward(model, compile_prompt(ICLNode(IDS)), backend=backend)
 
 
+class TestRounding:
+    def test_activations_that_are_quantised_are_not_called_a_dependence_on_the_index(self):
+        """Each token by itself, as torchao does: no index matters, but the last digit decides about whole steps."""
+
+        def quantised(module, args):
+            scale = args[0].abs().amax(-1, keepdim=True) / 127
+            return ((args[0] / scale).round() * scale,)
+
+        model = make_model("llama")
+        for module in model.model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_pre_hook(quantised)
+        plain = [model(torch.tensor([ids]), use_cache=False).logits[0] for ids in (IDS, [*IDS[:-1], 77])]
+        assert off(plain[1][:-1], plain[0][:-1]) == 0
+        report = leattn.check_model(model)
+        reasons = [report[backend].reason for backend in BACKENDS if not report[backend].works]
+        assert reasons
+        for reason in reasons:
+            assert "in their last digits change what it computes by" in reason
+
+
 class TestAdvice:
     """What a refusal says to use has to be of use."""
 
