@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 
 from bundled_model.curriculum import PHASES, Lesson, lesson
-from leattn.prompt.compile import CompiledPrompt, compile_prompt
+from leattn.prompt.compile import compile_prompt
+from leattn.prompt.compiled import CompiledPrompt
 from leattn.training import Collator, Example
 
 Array = npt.NDArray[np.generic]

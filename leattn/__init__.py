@@ -19,7 +19,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "errors": ["LeattnError", "GraphError", "CompileError", "BackendError", "LeattnWarning"],
-    "dag.node": ["ICLNode", "bos"],
+    "dag.bos": ["bos"],
+    "dag.node": ["ICLNode"],
     "dag.reading": ["read"],
     "dag.gennode": ["GenNode"],
     "dag.graph": ["ICLGraph"],
@@ -28,7 +29,8 @@ _HOMES = {
     "dag.split": ["split_text"],
     "dag.chat": ["from_chat"],
     "dag.paraphrase": ["paraphrase_group", "paraphrase_segments"],
-    "prompt.compile": ["CompiledPrompt", "compile_prompt"],
+    "prompt.compile": ["compile_prompt"],
+    "prompt.compiled": ["CompiledPrompt"],
     "attention.attend": ["attend"],
     "check": ["check_model"],
     "kv.store": ["KVStore"],
@@ -109,11 +111,12 @@ if TYPE_CHECKING:
         upstream_nodes,
         visualize_attention_matrix,
     )
+    from leattn.dag.bos import bos
     from leattn.dag.builders import causal, chain, parallel
     from leattn.dag.chat import from_chat
     from leattn.dag.gennode import GenNode
     from leattn.dag.graph import ICLGraph
-    from leattn.dag.node import ICLNode, bos
+    from leattn.dag.node import ICLNode
     from leattn.dag.paraphrase import paraphrase_group, paraphrase_segments
     from leattn.dag.reading import read
     from leattn.dag.segments import from_segments
@@ -123,7 +126,8 @@ if TYPE_CHECKING:
     from leattn.generation.generate import generate
     from leattn.generation.result import Generation
     from leattn.kv.store import KVStore
-    from leattn.prompt.compile import CompiledPrompt, compile_prompt
+    from leattn.prompt.compile import compile_prompt
+    from leattn.prompt.compiled import CompiledPrompt
 
 
 def __getattr__(name: str) -> Any:

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import leattn
+from leattn.dag.bos import bos
 from leattn.dag.graph import ICLGraph
-from leattn.dag.node import ICLNode, bos
+from leattn.dag.node import ICLNode
 from leattn.errors import LeattnError
-from leattn.prompt.compile import CompiledPrompt, compile_prompt
+from leattn.prompt.compile import compile_prompt
+from leattn.prompt.compiled import CompiledPrompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ import leattn
 from leattn import ICLGraph, ICLNode, compile_prompt
 from leattn.prompt import masks
 from leattn.prompt.columns import Row
-from leattn.prompt.compile import columns_of
+from leattn.prompt.compiled import columns_of
 
 LISTS = [
     (f"{part}{side}_num_blocks", f"{part}{side}_indices")

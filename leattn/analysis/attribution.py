@@ -17,7 +17,7 @@ from leattn.errors import LeattnError, choices
 from leattn.interventions.operation import Layers, checked_layers
 from leattn.interventions.scores import MODES, SHIFTS, Mode, Shift, Suppress
 from leattn.model.record import Model
-from leattn.prompt.compile import CompiledPrompt
+from leattn.prompt.compiled import CompiledPrompt
 
 
 def attribute(

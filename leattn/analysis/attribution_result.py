@@ -11,7 +11,7 @@ import torch
 from leattn.analysis.table import data_frame, text_table
 from leattn.errors import LeattnError, choices
 from leattn.interventions.scores import Mode, Shift
-from leattn.prompt.compile import CompiledPrompt
+from leattn.prompt.compiled import CompiledPrompt
 from leattn.table import html_table
 
 Method: TypeAlias = Literal["suppress_nodes", "cut_nodes", "cut_edges", "suppress_tokens"]

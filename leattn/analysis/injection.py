@@ -15,7 +15,7 @@ from leattn.generation.forward import forward
 from leattn.interventions.hidden import Inject
 from leattn.interventions.operation import Layers, Operation
 from leattn.interventions.where import Where, tokens_at
-from leattn.prompt.compile import CompiledPrompt
+from leattn.prompt.compiled import CompiledPrompt
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import IO, Any, TypeAlias
 
 from leattn.errors import LeattnError, LeattnWarning
-from leattn.prompt.compile import CompiledPrompt
+from leattn.prompt.compiled import CompiledPrompt
 
 Key: TypeAlias = tuple[str, int | None, int | None, int | None, int]
 _KEY = ("operation", "layer", "source_layer", "seed", "first_prompt")

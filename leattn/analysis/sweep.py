@@ -22,7 +22,7 @@ from leattn.interventions.draws import RandomNoise, Shuffle
 from leattn.interventions.hidden import Freeze, SkipAttention
 from leattn.interventions.operation import Operation, checked_layers
 from leattn.model.record import Model
-from leattn.prompt.compile import CompiledPrompt
+from leattn.prompt.compiled import CompiledPrompt
 
 Maker: TypeAlias = Callable[[int, int], Sequence[Operation] | None]
 """``(layer, seed)`` → the operations of one run; None where there is nothing to run at a layer."""

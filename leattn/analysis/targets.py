@@ -12,7 +12,7 @@ from leattn.errors import LeattnError
 from leattn.interventions.intervene import intervene
 from leattn.interventions.operation import Operation
 from leattn.model.record import Model
-from leattn.prompt.compile import CompiledPrompt
+from leattn.prompt.compiled import CompiledPrompt
 
 Target: TypeAlias = str | Iterable[int] | torch.Tensor
 """What is asked about: a text, or token ids."""

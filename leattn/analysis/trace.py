@@ -18,7 +18,7 @@ from leattn.errors import BackendError, LeattnError
 from leattn.interventions import Operation
 from leattn.interventions.operation import Layers, checked_layers
 from leattn.model.record import Model
-from leattn.prompt.compile import CompiledPrompt
+from leattn.prompt.compiled import CompiledPrompt
 
 NodePair: TypeAlias = tuple[ICLNode | str, ICLNode | str]
 TILE_BYTES = 64 << 20

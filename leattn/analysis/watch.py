@@ -15,8 +15,8 @@ from leattn.attention.reading import active, in_window, moved_query
 from leattn.attention.request import Backend
 from leattn.interventions import Operation, intervene
 from leattn.model.record import Model
-from leattn.prompt.columns import columns_in
-from leattn.prompt.compile import CompiledPrompt
+from leattn.prompt.compiled import CompiledPrompt
+from leattn.prompt.stretch import columns_in
 
 
 class Rows:

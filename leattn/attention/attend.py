@@ -8,15 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from leattn.attention.block import Block, follow, innermost
+from leattn.attention.block import Block, innermost
 from leattn.attention.choose import chosen
+from leattn.attention.follow import follow
 from leattn.attention.request import Backend, MaskMode, checked_mask
 from leattn.attention.roots import warn_of_roots
 from leattn.attention.turning import check_readings, key_turns
 from leattn.errors import LeattnError, choices
 from leattn.model.record import Model
 from leattn.prompt.columns import Columns
-from leattn.prompt.compile import CompiledPrompt, columns_of
+from leattn.prompt.compiled import CompiledPrompt, columns_of
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from leattn.errors import BackendError
 from leattn.model.cache import cached_tokens, full_length_cache
 from leattn.model.record import Model
 from leattn.prompt.columns import Columns
-from leattn.prompt.compile import CompiledPrompt
+from leattn.prompt.compiled import CompiledPrompt
 
 
 def by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from leattn.attention.reading import active, in_window, moved_query, read_scores
 from leattn.attention.request import NEEDS, Backend, Request, UnderMask
 from leattn.errors import BackendError
 from leattn.model.record import Model
-from leattn.prompt.columns import Stretch, columns_in
 from leattn.prompt.masks import additive
+from leattn.prompt.stretch import Stretch, columns_in
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from leattn.prompt.columns import columns_in
+from leattn.prompt.stretch import columns_in
 from leattn.prompt.visible import Run
 
 LONG = 1024

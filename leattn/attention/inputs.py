@@ -15,7 +15,7 @@ from leattn.attention.roots import warn_of_roots
 from leattn.errors import BackendError
 from leattn.model.facts import Facts
 from leattn.model.record import Model
-from leattn.prompt.compile import CompiledPrompt, columns_of
+from leattn.prompt.compiled import CompiledPrompt, columns_of
 
 
 @dataclass(frozen=True)

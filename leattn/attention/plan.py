@@ -21,7 +21,7 @@ from torch import Tensor
 from leattn.attention.group import Group, Ints, picked, select
 from leattn.attention.kernels import Kernel
 from leattn.attention.reader import Reader, readers
-from leattn.prompt.columns import Stretch, columns_in
+from leattn.prompt.stretch import Stretch, columns_in
 from leattn.prompt.visible import Run
 
 WINDOW_QUERIES = 256

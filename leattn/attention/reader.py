@@ -19,7 +19,7 @@ from leattn.attention.group import Group, Ints, picked, select
 from leattn.attention.kernels import TEMPORARY, Kernel, needs_gradient
 from leattn.attention.reading import numbers, read_parts, read_scores, scaled_scores
 from leattn.dag.reading import Reading
-from leattn.prompt.columns import Stretch, columns_in
+from leattn.prompt.stretch import Stretch, columns_in
 from leattn.prompt.visible import Run
 
 PIECES = 4

@@ -14,7 +14,8 @@ from torch import Tensor
 from leattn.dag.reading import Reading
 from leattn.errors import BackendError
 from leattn.model.turns import Turn
-from leattn.prompt.columns import Columns, Stretch
+from leattn.prompt.columns import Columns
+from leattn.prompt.stretch import Stretch
 
 PerHead: TypeAlias = float | Tensor
 """One number for all heads, or ``[H, 1, 1]``."""

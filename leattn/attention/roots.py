@@ -18,15 +18,17 @@ import torch
 from torch import Tensor
 
 from leattn.attention.backends import refusal
-from leattn.attention.block import Block, follow
+from leattn.attention.block import Block
 from leattn.attention.dense import EAGER
-from leattn.attention.probe import probing, raise_if_not_the_models
+from leattn.attention.follow import follow
 from leattn.attention.request import LayerAttention, Request
+from leattn.attention.sample import probing, raise_if_not_the_models
 from leattn.attention.verdicts import verdicts
 from leattn.dag.node import ICLNode
 from leattn.errors import BackendError, LeattnWarning
 from leattn.model.record import Model, variant
-from leattn.prompt.compile import CompiledPrompt, columns_of, compile_prompt
+from leattn.prompt.compile import compile_prompt
+from leattn.prompt.compiled import CompiledPrompt, columns_of
 from leattn.prompt.visible import Visible
 
 SINK = 0.3

@@ -24,7 +24,7 @@ from leattn.dag.reading import Reading
 from leattn.errors import BackendError
 from leattn.model.record import Model
 from leattn.model.registry import check_keywords
-from leattn.prompt.columns import Stretch, columns_in
+from leattn.prompt.stretch import Stretch, columns_in
 
 
 class SparseAttention:

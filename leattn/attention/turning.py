@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leattn.attention.block import Block, follow
+from leattn.attention.block import Block
 from leattn.attention.choose import chosen
 from leattn.attention.dense import EAGER
-from leattn.attention.probe import in_words, probing, raise_if_not_the_models, sample, sample_tokens
+from leattn.attention.follow import follow
 from leattn.attention.reading import Turns, scaled_scores
 from leattn.attention.request import NEEDS, Backend, LayerAttention, Request
+from leattn.attention.sample import in_words, probing, raise_if_not_the_models, sample, sample_tokens
 from leattn.dag.reading import Reading
 from leattn.errors import BackendError
 from leattn.model.record import Model, variant
 from leattn.model.turns import Turn, possible_turns
-from leattn.prompt.compile import columns_of
+from leattn.prompt.compiled import columns_of
 
 DISTANCES = (3, 57, 4096)
 """Shifts that are tried, and the furthest that the model was made for."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from leattn.attention.group import select
 from leattn.attention.kernels import needs_gradient
 from leattn.errors import BackendError
-from leattn.prompt.columns import Stretch, columns_in
+from leattn.prompt.stretch import Stretch, columns_in
 from leattn.prompt.visible import Run
 
 GATHERED = 1 << 16

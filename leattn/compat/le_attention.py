@@ -22,7 +22,8 @@ from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode, whole_number
 from leattn.dag.tokens import tokenized_with
 from leattn.errors import LeattnError
-from leattn.prompt.compile import CompiledPrompt, compile_prompt
+from leattn.prompt.compile import compile_prompt
+from leattn.prompt.compiled import CompiledPrompt
 from leattn.prompt.masks import MaskMod
 
 if TYPE_CHECKING:

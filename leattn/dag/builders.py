@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
-from leattn.dag.node import ICLNode, Prefix, as_parents, bos
+from leattn.dag.bos import bos
+from leattn.dag.node import ICLNode, Prefix, as_parents
 from leattn.dag.reading import Read
 from leattn.errors import GraphError
 

@@ -18,7 +18,8 @@ from leattn.generation.program import build
 from leattn.generation.session import is_intervened, session
 from leattn.kv.store import KVStore
 from leattn.model.record import Model
-from leattn.prompt.compile import CompiledPrompt, compile_prompt
+from leattn.prompt.compile import compile_prompt
+from leattn.prompt.compiled import CompiledPrompt
 from leattn.prompt.positions import Positions
 from leattn.prompt.visible import Visibility
 

@@ -19,7 +19,8 @@ from leattn.generation.sink import continue_sinks
 from leattn.generation.together import OnInterrupt, write_together
 from leattn.kv.store import KVStore
 from leattn.model.record import Model
-from leattn.prompt.compile import CompiledPrompt, compile_prompt, read_by
+from leattn.prompt.compile import compile_prompt, read_by
+from leattn.prompt.compiled import CompiledPrompt
 from leattn.prompt.positions import Positions, scheme_of
 from leattn.prompt.visible import Visibility
 

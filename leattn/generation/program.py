@@ -15,7 +15,7 @@ from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode
 from leattn.dag.tokens import tokenize_all
 from leattn.errors import LeattnError
-from leattn.prompt.compile import CompiledPrompt
+from leattn.prompt.compiled import CompiledPrompt
 from leattn.prompt.positions import Positions, after_seen, given_starts, pinned_start, scheme_of
 from leattn.prompt.visible import Readings, Run, Visibility, Visible, merge, visible_relation
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from leattn.dag.gennode import GenNode, copied
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode, regrouped
-from leattn.prompt.compile import CompiledPrompt
+from leattn.prompt.compiled import CompiledPrompt
 
 
 def continued_graph(prompt: CompiledPrompt, written: Mapping[str, Sequence[int]]) -> ICLGraph:

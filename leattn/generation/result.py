@@ -12,7 +12,7 @@ from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode
 from leattn.errors import GraphError, LeattnError
 from leattn.generation.realise import continued_graph, written_graph
-from leattn.prompt.compile import CompiledPrompt
+from leattn.prompt.compiled import CompiledPrompt
 from leattn.table import html_table
 
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from leattn.attention.attend import block_for
-from leattn.attention.block import Block, follow, innermost
+from leattn.attention.block import Block, innermost
+from leattn.attention.follow import follow
 from leattn.attention.request import Backend
 from leattn.attention.roots import warn_of
 from leattn.errors import BackendError, LeattnError

@@ -22,7 +22,7 @@ from leattn.generation.result import Sequence as Continuation
 from leattn.generation.session import Session, is_intervened, session
 from leattn.kv.store import KVStore
 from leattn.model.record import Model
-from leattn.prompt.compile import CompiledPrompt
+from leattn.prompt.compiled import CompiledPrompt
 
 
 def continue_sinks(

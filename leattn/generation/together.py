@@ -21,7 +21,7 @@ from leattn.generation.schedule import Schedule
 from leattn.generation.session import session
 from leattn.kv.store import KVStore
 from leattn.model.record import Model
-from leattn.prompt.compile import CompiledPrompt
+from leattn.prompt.compiled import CompiledPrompt
 from leattn.prompt.positions import Positions, after_seen
 from leattn.prompt.visible import Visibility
 

@@ -13,7 +13,7 @@ from leattn.attention.request import Backend
 from leattn.interventions.intervene import intervene
 from leattn.interventions.operation import checked_layers
 from leattn.interventions.where import Place, tokens_at
-from leattn.prompt.compile import CompiledPrompt
+from leattn.prompt.compiled import CompiledPrompt
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from leattn.attention.attend import prepare
-from leattn.attention.block import Block, follow, innermost, running
+from leattn.attention.block import Block, innermost, running
+from leattn.attention.follow import follow
 from leattn.attention.request import Backend, MaskMode
 from leattn.attention.roots import warn_of_roots
 from leattn.errors import BackendError, LeattnError
@@ -18,7 +19,7 @@ from leattn.interventions.operation import Operation, State, Subject, doing
 from leattn.interventions.scores import ChangedScores
 from leattn.interventions.shown import Shown
 from leattn.model.record import Model
-from leattn.prompt.compile import CompiledPrompt
+from leattn.prompt.compiled import CompiledPrompt
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from leattn.errors import LeattnError
 from leattn.interventions.where import Where, all_but_the_last, as_mask, tokens_at
 from leattn.prompt.columns import Columns
-from leattn.prompt.compile import CompiledPrompt
+from leattn.prompt.compiled import CompiledPrompt
 
 Layers: TypeAlias = int | Collection[int]
 

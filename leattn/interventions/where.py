@@ -9,7 +9,7 @@ import torch
 
 from leattn.dag.node import ICLNode
 from leattn.errors import LeattnError
-from leattn.prompt.compile import CompiledPrompt
+from leattn.prompt.compiled import CompiledPrompt
 
 Place: TypeAlias = ICLNode | str | int | tuple[int, int] | range
 Where: TypeAlias = Place | Iterable[Place]

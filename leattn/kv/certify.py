@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from leattn.attention.attend import prepare
-from leattn.attention.block import follow
-from leattn.attention.probe import in_words, probing, raise_if_not_the_models, sample, sample_tokens
+from leattn.attention.follow import follow
+from leattn.attention.sample import in_words, probing, raise_if_not_the_models, sample, sample_tokens
 from leattn.attention.verdicts import Failure, verdicts
 from leattn.errors import BackendError, LeattnWarning
 from leattn.kv.entry import NodeKV, node_kv
 from leattn.model.cache import full_length_cache
 from leattn.model.record import Model, variant
 from leattn.model.turns import Turn, possible_turns
-from leattn.prompt.compile import CompiledPrompt
+from leattn.prompt.compiled import CompiledPrompt
 
 Turns = tuple[tuple[Turn | None, Turn | None], ...]
 """For every layer, how its keys and its values turn; None where position is not in them."""

@@ -10,8 +10,9 @@ import torch
 
 from leattn.attention.attend import prepare
 from leattn.attention.backends import named
-from leattn.attention.block import follow
-from leattn.attention.probe import probing, route
+from leattn.attention.follow import follow
+from leattn.attention.probe import route
+from leattn.attention.sample import probing
 from leattn.dag.node import ICLNode
 from leattn.errors import BackendError, LeattnWarning
 from leattn.kv.entry import node_kv

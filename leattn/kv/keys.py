@@ -14,7 +14,7 @@ from leattn.dag.reading import Reading
 from leattn.errors import LeattnError
 
 if TYPE_CHECKING:
-    from leattn.prompt.compile import CompiledPrompt
+    from leattn.prompt.compiled import CompiledPrompt
 
 KEY_BYTES = 32
 

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from leattn.errors import BackendError, LeattnWarning
 from leattn.prompt.columns import Columns
-from leattn.prompt.compile import CompiledPrompt
+from leattn.prompt.compiled import CompiledPrompt
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from leattn.generation.sampling import Sampling
 from leattn.generation.session import Feed, session
 from leattn.kv.store import KVStore
 from leattn.model.record import Model
-from leattn.prompt.compile import CompiledPrompt, compile_prompt, read_by
+from leattn.prompt.compile import compile_prompt, read_by
+from leattn.prompt.compiled import CompiledPrompt
 from leattn.prompt.positions import Positions, scheme_of
 from leattn.prompt.visible import Visibility
 from leattn.table import html_table

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -20,21 +19,8 @@ from torch import Tensor
 
 from leattn.dag.reading import Reading
 from leattn.errors import BackendError
+from leattn.prompt.stretch import Stretch, clipped, columns_in, fill, fused
 from leattn.prompt.visible import Readings, Run, Visible, merge
-
-
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """Queries in the columns ``start`` to ``stop``: all see the columns ``seen`` whole, and their stretch up to themselves.
-
-    ``seen`` is sorted, and no two of its intervals touch. ``readings`` are groups of columns among those seen that are read in
-    another way than as they are.
-    """
-
-    start: int
-    stop: int
-    seen: tuple[Run, ...]
-    readings: Readings = ()
 
 
 class Row:
@@ -152,7 +138,7 @@ class Row:
         found = clipped(self._laid_out, queries)
         if queries.stop > self.offsets[-1]:
             later = range(max(queries.start, self.offsets[-1]), queries.stop)
-            found[-1:] = _fused([*found[-1:], *self._appended(later)])
+            found[-1:] = fused([*found[-1:], *self._appended(later)])
         return found
 
     @cached_property
@@ -164,7 +150,7 @@ class Row:
             if runs is not last_runs:  # siblings share what they see
                 last_runs, seen = runs, merge([(self.offsets[a], self.offsets[b]) for a, b in runs])
             parts.append(Stretch(self.offsets[i], self.offsets[i + 1], seen, self.readings(i)))
-        return _fused(parts)
+        return fused(parts)
 
     def _appended(self, queries: range) -> Iterator[Stretch]:
         first = max(0, bisect_right(self._pieces, queries.start, key=lambda piece: piece[0]) - 1)
@@ -284,55 +270,3 @@ class Columns:
 
 def _is_plain(row: Row) -> bool:
     return row.visible.is_causal and bool((np.diff(row.positions(range(row.length))) == 1).all())
-
-
-def fill(mask: Tensor, stretches: Sequence[Stretch], first: int) -> None:
-    """Set what stretches see in ``[Q, K]`` bool whose first query stands in column ``first``; every query sees itself."""
-    for stretch in stretches:
-        rows = mask[stretch.start - first : stretch.stop - first]
-        for start, stop in stretch.seen:
-            rows[:, start:stop] = True
-        rows[:, stretch.start : stretch.stop].fill_(True).tril_()
-    mask.diagonal(first).fill_(True)
-
-
-def columns_in(runs: Sequence[Run]) -> npt.NDArray[np.int64]:
-    """All columns of some intervals, ``[n]``."""
-    return np.concatenate([np.arange(start, stop) for start, stop in runs] or [np.zeros(0, np.int64)])
-
-
-def clipped(stretches: Sequence[Stretch], queries: range) -> list[Stretch]:
-    """The stretches of some queries only; what is in front of them in their own stretch, they see whole."""
-    found = []
-    first = bisect_right(stretches, queries.start, key=lambda stretch: stretch.start) - 1
-    for i in range(max(0, first), len(stretches)):
-        stretch = stretches[i]
-        if stretch.start >= queries.stop:
-            break
-        start, stop = max(stretch.start, queries.start), min(stretch.stop, queries.stop)
-        if (start, stop) == (stretch.start, stretch.stop):
-            found.append(stretch)
-        elif start < stop:
-            seen = stretch.seen if start == stretch.start else merge([*stretch.seen, (stretch.start, start)])
-            found.append(replace(stretch, start=start, stop=stop, seen=seen))
-    return found
-
-
-def _fused(parts: Sequence[Stretch]) -> list[Stretch]:
-    """Nodes that see each other as plain causal text would are one stretch, but for the first of several equal siblings."""
-    fused: list[Stretch] = []
-    for i, part in enumerate(parts):
-        as_they_are = fused and not part.readings and not fused[-1].readings
-        if as_they_are and part.seen and part.seen[-1][1] == part.start == fused[-1].stop and not _leads_siblings(parts, i):
-            last = fused[-1]
-            if part.seen == merge([*last.seen, (last.start, last.stop)]):
-                fused[-1] = Stretch(last.start, part.stop, last.seen)
-                continue
-        fused.append(part)
-    return fused
-
-
-def _leads_siblings(parts: Sequence[Stretch], i: int) -> bool:
-    if i + 1 >= len(parts) or parts[i + 1].seen != parts[i].seen:
-        return False
-    return parts[i + 1].stop - parts[i + 1].start == parts[i].stop - parts[i].start

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from leattn.prompt.columns import Columns, Stretch
+from leattn.prompt.columns import Columns
+from leattn.prompt.stretch import Stretch
 
 MaskMod: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 IntArray: TypeAlias = npt.NDArray[np.int64]

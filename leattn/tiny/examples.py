@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal
 from leattn.dag.node import ICLNode
 from leattn.dag.paraphrase import paraphrase_group
 from leattn.errors import LeattnError, choices
-from leattn.prompt.compile import CompiledPrompt, compile_prompt
+from leattn.prompt.compile import compile_prompt
+from leattn.prompt.compiled import CompiledPrompt
 from leattn.tiny.corpus import N_QUESTIONS, N_SENTENCES, Distractors, Fact, rival, sample_facts
 from leattn.tiny.tokenizer import BOS
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, TypeAlias
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode
 from leattn.errors import LeattnError
-from leattn.prompt.compile import CompiledPrompt, compile_prompt
+from leattn.prompt.compile import compile_prompt
+from leattn.prompt.compiled import CompiledPrompt
 from leattn.prompt.positions import Positions
 from leattn.prompt.visible import Visibility
 

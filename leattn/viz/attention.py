@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from leattn.analysis.trace import Trace
-    from leattn.prompt.compile import CompiledPrompt
+    from leattn.prompt.compiled import CompiledPrompt
 
 ANNOTATED = 14
 """Up to this many nodes, every cell says its value."""

@@ -13,7 +13,7 @@ from leattn.dag.gennode import GenNode, mark
 from leattn.dag.graph import ICLGraph, as_graph
 from leattn.dag.node import ICLNode, Prefix
 from leattn.dag.reading import Reading
-from leattn.prompt.compile import CompiledPrompt
+from leattn.prompt.compiled import CompiledPrompt
 from leattn.viz.boxes import FONT, HEIGHT, Boxes
 from leattn.viz.canvas import finish, new_axes, size_inches, title_width
 from leattn.viz.layers import Layout, lay_out

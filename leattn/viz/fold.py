@@ -10,7 +10,7 @@ import torch
 from leattn.errors import LeattnError
 
 if TYPE_CHECKING:
-    from leattn.prompt.compile import CompiledPrompt
+    from leattn.prompt.compiled import CompiledPrompt
 
 
 def fold_attention(weights: torch.Tensor | Sequence[torch.Tensor], prompt: CompiledPrompt) -> torch.Tensor:

@@ -22,7 +22,7 @@ from leattn.viz.style import MASKED, FloatArray, drawable, lighten, node_shades,
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from leattn.prompt.compile import CompiledPrompt
+    from leattn.prompt.compiled import CompiledPrompt
     from leattn.prompt.visible import Visible
 
 STAIRS = 64

@@ -12,7 +12,7 @@ from leattn.viz.fold import check_weights
 
 if TYPE_CHECKING:
     from leattn.analysis.trace import Trace
-    from leattn.prompt.compile import CompiledPrompt
+    from leattn.prompt.compiled import CompiledPrompt
 
 Choice = int | Sequence[int] | None
 

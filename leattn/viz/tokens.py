@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from leattn.analysis.trace import Trace
     from leattn.dag.node import ICLNode
-    from leattn.prompt.compile import CompiledPrompt
+    from leattn.prompt.compiled import CompiledPrompt
 
 NAMED = 48
 """Up to this many tokens on a side, each is written out."""
