@@ -229,6 +229,26 @@ def test_suppress_chosen_layers_heads_and_queries_with_a_factor_per_token():
     torch.testing.assert_close(logits(model, prompt, [operation]), expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_suppress_for_generated_tokens_alone(use_cache):
+    """What the prompt's own tokens read stays; each new token attends to the document as it is told to."""
+    model, prompt = shared_model("llama"), fan()
+    factors = dict.fromkeys(range(*prompt["doc1"].span), 4.0)
+
+    def greedy(suppressed):
+        written = []
+        for _ in range(5):
+            longer = prompt.continued(written) if written else prompt
+            queries = set(range(len(prompt), len(longer))) if suppressed else set()
+            written.append(int(run(model, longer, scores=suppression(factors, "multiplicative", queries=queries))[-1].argmax()))
+        return written
+
+    operation = Suppress("doc1", 4.0, queries=[], generated=True)
+    with intervene(model, prompt, [operation]) as attention:
+        found = model.generate(**attention.inputs, max_new_tokens=5, do_sample=False, use_cache=use_cache)
+    assert found[0, len(prompt) :].tolist() == greedy(True) != greedy(False)
+
+
 def test_the_published_shift_takes_the_minimum_over_masked_keys_too():
     model, prompt = shared_model("llama"), fan()
     factors = dict.fromkeys(range(*prompt["doc1"].span), 0.3)

@@ -41,6 +41,8 @@ class Suppress:
         All of them for None.
     queries
         The query tokens it holds for; all of them, generated ones included, for None.
+    generated
+        Where ``queries`` are named: whether it holds for generated tokens, too. ``queries=[]`` is those alone.
     rows
         Prompts of a batch; all of them for None.
     """
@@ -52,6 +54,7 @@ class Suppress:
     layers: Layers | None = None
     heads: int | Sequence[int] | None = None
     queries: Where | None = None
+    generated: bool = False
     rows: Sequence[int] | None = None
 
     def bind(self, subject: Subject) -> BoundSuppress:
@@ -77,7 +80,7 @@ class Suppress:
             if self.mode == "weight" and min(given, default=0.0) < 0:
                 raise LeattnError(f"a weight is multiplied by {min(given)}; weights stay positive, so give a factor >= 0")
             factors[p, torch.tensor(tokens, dtype=torch.long) + width - len(prompt)] = torch.tensor(given, dtype=torch.float)
-        queries = None if self.queries is None else Selection.build(subject, self.queries, self.rows)
+        queries = None if self.queries is None else Selection.build(subject, self.queries, self.rows, generated=self.generated)
         named = checked_layers("Suppress", self.layers, subject.layers)
         return BoundSuppress(self, named, chosen, factors, neutral, queries)
 
