@@ -29,9 +29,10 @@ from families.catalogue import families as catalogue
 from families.decode import check_generate
 from families.oracle import Oracle
 from families.outcome import Outcome, first_line, place, worst
+from families.readings import check_readings
 from families.stores import check_reuse, check_shift
 
-COLUMNS = (*BACKENDS, "generate", "reuse", "shift")
+COLUMNS = (*BACKENDS, "generate", "reuse", "shift", "readings")
 MEMORY = 12 * 2**30
 """Address space that one family may take, in bytes."""
 PRINT = ("__main__.py", "table.py")
@@ -97,7 +98,8 @@ def names_of(builder: Builder) -> list[str]:
 def _column(builder: Builder, oracle: Oracle, column: str) -> list[Outcome]:
     if column in BACKENDS:
         return check_backend(builder, oracle, column)
-    return {"generate": check_generate, "reuse": check_reuse, "shift": check_shift}[column](builder, oracle)
+    checks = {"generate": check_generate, "reuse": check_reuse, "shift": check_shift, "readings": check_readings}
+    return checks[column](builder, oracle)
 
 
 def _child(family: Family, columns: Sequence[str], pipe: Any) -> None:

@@ -28,6 +28,8 @@ below the table. Answers are compared with what shares no code with leattn:
   branches and a program, with full forwards token by token.
 - **reuse**: logits and tokens with a `KVStore`: filled, found again, in other company, in `generate`, programs and batches.
 - **shift**: the same prompt 7 and 210 positions further on, found in the store.
+- **readings**: a question that reads two documents at temperatures, with a scale and a weight (`leattn.read`), on eager and on
+  what `auto` takes, with the rule put in front of the plain model's softmax.
 - **oracle** is how the plain model was made to follow a graph: by a 4-D *mask*, by *masks* per layer type, or by masking in
   front of its *softmax*; *text* where no way gave what the plain model gives for plain text, so that only nodes that are plain
   text have an answer to compare with.
@@ -70,6 +72,7 @@ def anonymous(sentence: str, names: Sequence[str]) -> str:
     sentence = re.sub(
         r"^(backend '\w+' cannot run this model|kv_store cannot serve \w+|\w+ cannot follow a graph): ", "", sentence
     )
+    sentence = re.sub(r"^\w+ cannot read in other ways than as it does \(leattn\.read\): ", "", sentence)
     sentence = re.sub(r"^\w+ cannot follow a graph: ", "", sentence)
     for name in names:
         sentence = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", "this model", sentence)

@@ -22,6 +22,11 @@ from leattn.model.record import Model, variant
 from leattn.model.turns import Turn, possible_turns
 from leattn.prompt.compiled import columns_of
 
+NATIVE = (
+    "its layers do not take their attention from transformers' interface, or calculate with the mask; what they compute scores "
+    "with cannot be reached"
+)
+
 DISTANCES = (3, 57, 4096)
 """Shifts that are tried, and the furthest that the model was made for."""
 
@@ -84,7 +89,11 @@ def _found_out(model: Any, record: Model) -> str | tuple[str | None, Turns]:
 
 
 def _tried(model: Any, record: Model) -> str | tuple[str | None, Turns]:
-    chosen(model, record, columns_of([sample(sample_tokens(record.facts))], record.device), "auto")  # any backend at all
+    columns = columns_of([sample(sample_tokens(record.facts))], record.device)
+    with probing(model, record):
+        block = chosen(model, record, columns, "auto")  # any backend at all
+    if block.native:
+        return NATIVE
     cold = _watched(model, record, 0)
     allowed = max(512 * torch.finfo(torch.float32).eps, 8 * torch.finfo(record.dtype).eps)
     if not cold.off <= allowed:
