@@ -56,20 +56,27 @@ def _processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def run(rows: Sequence[Row], effort: Effort, out: Path) -> list[Result]:
-    """Measure row by row, print each as it is done, write the JSON."""
+def run(rows: Sequence[Row], effort: Effort, out: Path, *, add: bool = False) -> list[Result]:
+    """Measure row by row, print each as it is done, write the JSON.
+
+    With ``add`` the rows join those that the file has; each says on which machine it was measured, if on another.
+    """
     # One thread, or CPU time would count what another thread waits.
     torch.set_num_threads(1)
     facts = machine()
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     out.parent.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
+    before = json.loads(out.read_text(encoding="utf-8")) if add else {"machine": facts, "rounds": effort.rounds, "rows": []}
+    place = {} if before["machine"] == facts else {"machine": facts}
     for row in rows:
         started = time.perf_counter()
         results.append(row.run(effort))
         print(f"\n{row.name}: {row.what}  ({time.perf_counter() - started:.0f} s)\n{_lines(results[-1])}", flush=True)
         # After every row, so that a run that is interrupted keeps what it has.
-        written = {"machine": facts, "rounds": effort.rounds, "rows": [result.to_dict() for result in results]}
+        new = {result.name: result.to_dict() | place for result in results}
+        kept = [new.pop(entry["name"], entry) for entry in before["rows"]]
+        written = {**before, "rows": [*kept, *new.values()]}
         out.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"\nwritten to {out}")
     return results
@@ -95,13 +102,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, help=f"rounds per median: {FULL.rounds}, or {QUICK.rounds} if quick")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="rows by name or tag")
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks.json"))
+    parser.add_argument("--add", action="store_true", help="put the rows beside those that the file has")
     args = parser.parse_args(arguments)
     try:
         rows = select(args.only or (["quick"] if args.quick else [row.name for row in ROWS]))
     except ValueError as error:
         parser.error(str(error))
     effort = QUICK if args.quick else FULL
-    run(rows, replace(effort, rounds=args.rounds or effort.rounds), args.out)
+    run(rows, replace(effort, rounds=args.rounds or effort.rounds), args.out, add=args.add)
 
 
 if __name__ == "__main__":

@@ -49,12 +49,14 @@ def section(measured: Mapping[str, Any]) -> str:
     ]
     for entry in measured["rows"]:
         result = Result.from_dict(entry)
+        elsewhere = entry.get("machine")
+        place = f" ({elsewhere['processor']}, {elsewhere['capability']})" if elsewhere else ""
         for i, verdict in enumerate(result.verdicts):
             goal = verdict.goal
             unit = goal.unit if goal.unit == "×" else f" {goal.unit}"
             figure = goal.figure.removesuffix(f", {goal.unit}")
             found = "" if verdict.measured is None else number(verdict.measured) + unit
-            what = result.what if i == 0 else ""
+            what = result.what + place if i == 0 else ""
             lines.append(f"| {what} | {figure} | {goal.sign} {goal.value:g}{unit} | {found} | {judgement(verdict)} |")
     return "\n".join(lines)
 

@@ -99,7 +99,7 @@ class Builder:
     @property
     def tolerance(self) -> float:
         """What counts as rounding, relative to the largest logit; it stays below a tenth of it in the models in fp32."""
-        dtype = self.fresh().get_input_embeddings().weight.dtype
+        dtype = next(weight.dtype for weight in self.fresh().parameters() if weight.is_floating_point())
         return max(1e-4, 5 * torch.finfo(dtype).eps) if dtype != torch.float32 else 1e-4
 
 

@@ -62,6 +62,17 @@ def test_no_forward_runs_for_what_is_known():
     assert again.capabilities == first.capabilities
 
 
+def test_turns_of_readings_are_found_again():
+    document = ICLNode([7, 23, 75, 90], id="d")
+    prompt = compile_prompt(ICLNode([42, 54], [leattn.read(document, shift=31, temperature=0.7)], id="q"))
+    elsewhere = ICLNode([7, 23, 75, 90], id="d", start_pos_id=31)
+    there = compile_prompt(ICLNode([42, 54], [leattn.read(elsewhere, temperature=0.7)], id="q", start_pos_id=4))
+    expected = leattn.forward(make_model("llama"), there).logits[0, -2:]
+    for _ in range(2):
+        found = leattn.forward(make_model("llama"), prompt).logits[0, -2:]
+        assert (found - expected).abs().max() < 1e-4
+
+
 def test_turns_are_found_again():
     """Keys are turned to other positions by what another process measured."""
     document = ICLNode([7, 23, 75, 90], id="d")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from leattn.attention.follow import follow
 from leattn.attention.reading import Turns, scaled_scores
 from leattn.attention.request import NEEDS, Backend, LayerAttention, Request
 from leattn.attention.sample import in_words, probing, raise_if_not_the_models, sample, sample_tokens
+from leattn.attention.verdicts import Failure, verdicts
 from leattn.dag.reading import Reading
 from leattn.errors import BackendError
 from leattn.model.record import Model, variant
@@ -72,23 +73,52 @@ def key_turns(model: Any, record: Model) -> Turns:
     return found[1]
 
 
-def _found_out(model: Any, record: Model) -> str | tuple[str | None, Turns]:
-    """Why nothing can be read otherwise; or why nothing at another place, and how keys turn."""
+Finding: TypeAlias = str | tuple[str | None, Turns]
+"""Why nothing can be read otherwise; or why nothing at another place, and how keys turn."""
+
+
+def _found_out(model: Any, record: Model) -> Finding:
     with record.lock:
         which = variant(model)
         if which not in record.readings:
-            try:
-                record.readings[which] = _tried(model, record)
-            except BackendError as error:
-                record.readings[which] = str(error)
-            except Exception as error:  # whatever a family's code raises is a reason
-                raise_if_not_the_models(error)
-                return f"trying it fails with {in_words(error)}"
-        found: str | tuple[str | None, Turns] = record.readings[which]
+            finding = _remembered(model, record)
+            if isinstance(finding, Failure):
+                return finding
+            record.readings[which] = finding
+        found: Finding = record.readings[which]
         return found
 
 
-def _tried(model: Any, record: Model) -> str | tuple[str | None, Turns]:
+def _remembered(model: Any, record: Model) -> Finding:
+    """What an earlier process found out, or else what is found out now."""
+    kept = verdicts(model, record)
+    known = kept["readings"]
+    if isinstance(known, str):
+        return known
+    if known is not None:
+        ways = (_ways(record, layer) for layer in range(len(known["turns"])))
+        return known["shift"], tuple(turns[i] for turns, i in zip(ways, known["turns"], strict=True))
+    try:
+        finding = _tried(model, record)
+    except BackendError as error:
+        finding = str(error)
+    except Exception as error:  # whatever a family's code raises is a reason
+        raise_if_not_the_models(error)
+        return Failure(f"trying it fails with {in_words(error)}")
+    if isinstance(finding, str):
+        kept["readings"] = finding
+    else:
+        turned = [_ways(record, layer).index(turn) for layer, turn in enumerate(finding[1])]
+        kept["readings"] = {"shift": finding[0], "turns": turned}
+    return finding
+
+
+def _ways(record: Model, layer: int) -> list[Turn | None]:
+    """The ways in which the keys of a layer may turn, not at all among them."""
+    return [None, *possible_turns(record, layer)]
+
+
+def _tried(model: Any, record: Model) -> Finding:
     columns = columns_of([sample(sample_tokens(record.facts))], record.device)
     with probing(model, record):
         block = chosen(model, record, columns, "auto")  # any backend at all
@@ -116,7 +146,7 @@ def _turns(record: Model, cold: dict[int, Tensor], keys_at: Any, allowed: float)
     moved = [keys_at(start) for start in starts]
     turns: list[Turn | None] = []
     for layer, keys in sorted(cold.items()):
-        ways: list[Turn | None] = [None, *possible_turns(record, layer)]
+        ways = _ways(record, layer)
         errors = [[_off(way, keys, there[layer], start) for there, start in zip(moved, starts, strict=True)] for way in ways]
         best = min(range(len(ways)), key=lambda i: sum(errors[i]))
         for start, off in zip(starts, errors[best], strict=True):

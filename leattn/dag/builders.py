@@ -166,7 +166,9 @@ def as_root(root: Root | None, tokenizer: PreTrainedTokenizerBase | None = None)
     if not isinstance(root, ICLNode):
         return (ICLNode(root, id="root"),)
     if root.parents:
-        raise GraphError(f"the root {root} sees {root.parents[0]}, and a root sees nothing; give the first node itself")
+        raise GraphError(
+            f"the root {str(root)!r} sees {str(root.parents[0])!r}, and a root sees nothing; give the first node itself"
+        )
     return (root,)
 
 
