@@ -168,7 +168,7 @@ def test_the_page_says_what_was_found():
     one = {"family": "gpt2", "names": ["gpt2"], "oracle": "one 4-D mask", "state": state, "loaded": None}
     other = {"family": "odd", "unbuilt": "it reads no text", "state": state, "loaded": None}
     written = page([{**one, "columns": {**columns, "flex": refused, "shift": crash}}, other])
-    assert "| gpt2 | 3e-07 | 3e-07 | refused [1] | 3e-07 | 3e-07 | 3e-07 | **CRASH** | mask |" in written
+    assert "| gpt2 | 3e-07 | 3e-07 | refused [1] | 3e-07 | 3e-07 | 3e-07 | **CRASH** | 3e-07 | mask |" in written
     assert "1. transformers does not run this model through flex_attention; use backend='eager' *(gpt2)*" in written
     assert "- gpt2: CRASH, KeyError: x: shift (a chain), shift (a chain)" in written
     assert "- odd: it reads no text" in written
