@@ -54,8 +54,11 @@ def logits(model, nodes, *, visibility="parents", where=None, weights=None):
     config = model.config
     types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
 
+    layers = []
+
     def attention(module, query, key, value, mask, scaling=None, **kwargs):
         layer = module.layer_idx
+        layers.append(layer)
         window = config.sliding_window if types[layer] == "sliding_attention" else None
         theta = theta_of(config, types[layer])
         heads, groups = query.shape[1], key.shape[1]
@@ -86,7 +89,9 @@ def logits(model, nodes, *, visibility="parents", where=None, weights=None):
     library.eager_attention_forward = attention
     try:
         with torch.no_grad():
-            return model(input_ids=ids, position_ids=torch.tensor([at]), use_cache=False).logits[0]
+            found = model(input_ids=ids, position_ids=torch.tensor([at]), use_cache=False).logits[0]
+        assert layers == list(range(config.num_hidden_layers)), "load the model with attn_implementation='eager'"
+        return found
     finally:
         library.eager_attention_forward = own
 
