@@ -1,18 +1,16 @@
 """The column readings: a question that reads its documents in other ways, against the plain model with a softmax done by hand.
 
 The rule stands here again, in front of the plain model's softmax: whatever a family adds to its scores or caps them with is
-there already.
+there already. Taking the largest score off all of them, as some families do, changes no softmax, but what a group weighs; so it
+is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import leattn
@@ -22,6 +20,8 @@ from families.outcome import Outcome, judged
 from families.prompts import Graph, compiled, fan
 from families.softmax import SOFTMAXES
 
+SUMS = (*SOFTMAXES, torch.logsumexp, Tensor.logsumexp)
+DIFFERENCES = (torch.sub, Tensor.sub, Tensor.__sub__)
 READER = "question"
 WAYS: dict[str, dict[str, Any]] = {"a": {"temperature": 0.6, "scale": 0.8}, "b": {"temperature": 1.5, "log_weight": -1.2}}
 """How it reads each of its documents."""
@@ -35,7 +35,6 @@ class _Reading(TorchFunctionMode):
         self.rows: list[int] = []
         self.columns: dict[str, list[int]] = {name: [] for name in WAYS}
         self.size = 0
-        self.sinks: Tensor | None = None
         for chunk in graph:
             for _ in chunk.tokens:
                 if chunk.name == READER:
@@ -45,42 +44,29 @@ class _Reading(TorchFunctionMode):
                 self.size += 1
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in SOFTMAXES and args:
-            scores = args[0]
-            if scores.dim() >= 3 and scores.shape[-2] == self.size and self.size <= scores.shape[-1] <= self.size + 1:
-                args = (self.changed(scores), *args[1:])
+        if args and isinstance(args[0], Tensor) and self.is_of_scores(args[0]):
+            if func in SUMS:
+                args = (self.changed(args[0]), *args[1:])
+            elif func in DIFFERENCES and args[1].shape == (*args[0].shape[:-1], 1):
+                return args[0]
         return func(*args, **(kwargs or {}))
+
+    def is_of_scores(self, tensor: Tensor) -> bool:
+        return tensor.dim() >= 3 and tensor.shape[-2] == self.size and self.size <= tensor.shape[-1] <= self.size + 1
 
     def changed(self, scores: Tensor) -> Tensor:
         scores = scores.clone()
-        if scores.shape[-1] > self.size and self.sinks is not None:
-            # Taking the largest score off all changes no softmax, but what a group weighs; the sink tells how much it was.
-            scores += self.sinks.view(1, -1, 1, 1) - scores[..., -1:]
         for name, way in WAYS.items():
             for row in self.rows:
                 seen = scores[..., row, self.columns[name]].float()
                 hidden = seen < torch.finfo(scores.dtype).min / 4
                 sharp = (seen / way["temperature"]).masked_fill(hidden, -torch.inf)
-                total = sharp.exp().sum(-1, keepdim=True).log()
+                most = sharp.amax(-1, keepdim=True)
+                total = most + (sharp - most).exp().sum(-1, keepdim=True).log()
                 power = way.get("scale", 1.0) * way["temperature"]
                 log_weights = (sharp - total) + power * total + way.get("log_weight", 0.0)
                 scores[..., row, self.columns[name]] = torch.where(hidden, seen, log_weights).to(scores.dtype)
         return scores
-
-
-@contextmanager
-def _by_hand(graph: Graph) -> Iterator[None]:
-    mode = _Reading(graph)
-
-    def note_sinks(module: nn.Module, _: Any) -> None:
-        mode.sinks = getattr(module, "sinks", mode.sinks)
-
-    handle = register_module_forward_pre_hook(note_sinks)
-    try:
-        with mode:
-            yield
-    finally:
-        handle.remove()
 
 
 def check_readings(builder: Builder, oracle: Oracle) -> list[Outcome]:
@@ -96,7 +82,7 @@ def check_readings(builder: Builder, oracle: Oracle) -> list[Outcome]:
         if not oracle.follows(graph):
             return None
         assert oracle.way is not None
-        with _by_hand(graph):
+        with _Reading(graph):
             right = split(graph, oracle.way.logits(graph))
         found = split(graph, logits)
         return max(difference(found[name], rows) for name, rows in right.items())
