@@ -47,6 +47,7 @@ class CompiledPrompt:
 
     Examples
     --------
+    >>> from leattn import compile_prompt
     >>> a = ICLNode([5, 6], id="a")
     >>> b = ICLNode([7], parents=[a], id="b")
     >>> prompt = compile_prompt(b)
