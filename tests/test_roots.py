@@ -60,7 +60,7 @@ def test_the_model_of_these_tests_has_a_sink_and_a_random_one_has_none():
         layers = model(ids, output_attentions=True).attentions
         most = max(float(layer[0, :, 12:, 0].mean()) for layer in layers)
         assert (most > 0.5) is has
-        assert most < 0.99, "or nothing else would matter"
+        assert most < 0.995, "or nothing else would matter"
         found = roots._measured(model, Model.of(model))
         assert abs(found - most) < 0.1
 

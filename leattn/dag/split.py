@@ -75,7 +75,10 @@ def split_text(tokenizer: PreTrainedTokenizerBase, text: str, *, at: At = "sente
     if not ids:
         raise CompileError(f"the text {text[:40]!r} tokenizes to 0 tokens; give it some text")
     pattern = at if isinstance(at, re.Pattern) else _PLACES[at]
-    starts = sorted({0, *(match.start() for match in pattern.finditer(text))})
+    starts = [0]
+    for match in pattern.finditer(text):
+        if text[starts[-1] : match.start()].strip():  # white space alone goes with what comes after it
+            starts.append(match.start())
     bounds = [*starts, len(text)]
     # The piece of each token; of one that stands around the text, none.
     owners = [-1 - i if special else bisect_right(starts, places[i][0]) - 1 for i, special in enumerate(added)]
