@@ -97,9 +97,9 @@ class CompiledPrompt:
         return columns_of([self], self.input_ids.device)
 
     def dense_mask(self) -> Tensor:
-        """Boolean ``[S, S]``, rows are queries. The only thing here, with :meth:`additive_mask`, that takes S × S memory.
+        """Who may attend, however it is read, boolean ``[S, S]``; rows are queries.
 
-        Who may attend, however it is read (:func:`leattn.read`); masks to run a model with refuse what they cannot carry.
+        The only thing here, with :meth:`additive_mask`, that takes S × S memory.
         """
         mask = torch.zeros(len(self), len(self), dtype=torch.bool)
         fill(mask, Row(self.visible, self.offsets).stretches(range(len(self))), 0)
@@ -245,8 +245,7 @@ class CompiledPrompt:
 
     def parents(self, node: ICLNode | str) -> list[ICLNode | Read]:
         """What ``node`` sees in this prompt, as it reads it: parents for another node that is to do the same."""
-        index = self.graph.index[self.graph[node]]
-        groups = self.visible.readings.get(index, ())
+        groups = self.visible.readings.get(self.graph.index[self.graph[node]], ())
         members = [[self.graph.nodes[i] for first, last in runs for i in range(first, last)] for runs, _ in groups]
         grouped = {one for each in members for one in each}
         reads = [Read(tuple(each), reading) for each, (_, reading) in zip(members, groups, strict=True)]
