@@ -365,7 +365,8 @@ def test_offloaded_models_do_what_they_did(how, tmp_path):
     answer = GenNode(question.content, question.parents, "answer", max_new_tokens=6)
     assert generate(model, answer, kv_store=store).token_ids.tolist() == expected
     leattn.warm(model, prompt, kv_store=store, progress=False)
-    assert leattn.analysis.trace(model, prompt) is not None
+    expected_mass = leattn.analysis.trace(make_model("llama", "sdpa"), prompt).mass
+    assert (leattn.analysis.trace(model, prompt).mass - expected_mass).abs().max() < 1e-5
 
 
 def test_another_model_in_the_same_folder_is_another_one(tmp_path):
