@@ -9,7 +9,7 @@ from typing import Any
 
 from leattn.attention.backends import BACKENDS
 from leattn.attention.probe import route
-from leattn.attention.turning import readings_refusal, shift_refusal
+from leattn.attention.turning import readings_refusal, real_refusal, shift_refusal
 from leattn.errors import BackendError, choices
 from leattn.kv.certify import Certificate, certificate
 from leattn.model.facts import Facts
@@ -108,6 +108,7 @@ def check_model(model: Any) -> ModelReport:
         ("shifted reuse", certified.shift),
         ("readings", readings_refusal(model, record) if works else why),
         ("shifted readings", shift_refusal(model, record) if works else why),
+        ("real positions", real_refusal(model, record) if works else why),
         ("skip attention", _skip_refusal(record)),
     ):
         reason = reason if works else why

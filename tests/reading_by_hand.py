@@ -47,8 +47,11 @@ def row_of(q, k, v, seen, groups, scaling, theta, layer, head):
     return sum(weights[j] / whole * v[j].double() for j in weights), {j: weight / whole for j, weight in weights.items()}
 
 
-def logits(model, nodes, *, visibility="parents", where=None, weights=None):
-    """Logits ``[S, V]`` of nodes that hold token ids, in their order. ``weights`` receives ``{(layer, head): [S, S]}``."""
+def logits(model, nodes, *, visibility="parents", where=None, weights=None, turns=False):
+    """Logits ``[S, V]`` of nodes that hold token ids, in their order. ``weights`` receives ``{(layer, head): [S, S]}``.
+
+    With ``turns`` the model's own rotary embedding turns nothing: queries and keys are turned here, to positions ``where``.
+    """
     sees = relation(nodes, visibility)
     tokens, at = tokens_of(nodes), where or positions(nodes, sees)
     config = model.config
@@ -62,6 +65,11 @@ def logits(model, nodes, *, visibility="parents", where=None, weights=None):
         window = config.sliding_window if types[layer] == "sliding_attention" else None
         theta = theta_of(config, types[layer])
         heads, groups = query.shape[1], key.shape[1]
+        if turns:
+            query, key = (
+                torch.stack([torch.stack([turned(x[i], at[i], theta) for i in range(len(at))]) for x in states[0]])[None]
+                for states in (query, key)
+            )
         output = torch.zeros(1, len(tokens), heads, value.shape[-1])
         for head in range(heads):
             k, v = key[0, head // (heads // groups)], value[0, head // (heads // groups)]
@@ -89,7 +97,7 @@ def logits(model, nodes, *, visibility="parents", where=None, weights=None):
     library.eager_attention_forward = attention
     try:
         with torch.no_grad():
-            found = model(input_ids=ids, position_ids=torch.tensor([at]), use_cache=False).logits[0]
+            found = model(input_ids=ids, position_ids=torch.tensor([[0] * len(at) if turns else at]), use_cache=False).logits[0]
         assert layers == list(range(config.num_hidden_layers)), "load the model with attn_implementation='eager'"
         return found
     finally:

@@ -172,7 +172,7 @@ def test_bad_data(data, words):
         ({"content": ""}, "node 'A' has no content"),
         ({"content": "a", "start_pos_id": 1, "end_pos_id": 5}, "both start_pos_id=1 and end_pos_id=5"),
         ({"content": "a", "start_pos_id": -4}, "start_pos_id=-4; positions start at 0"),
-        ({"content": "a", "start_pos_id": "3"}, "start_pos_id='3'; give a whole number"),
+        ({"content": "a", "start_pos_id": "3"}, "start_pos_id='3'; give a number"),
         ({"content": {"a": 1}}, "the content of a node is text or token ids"),
         ({"content": 5}, "the content of a node is text or token ids, not 5"),
     ],

@@ -13,6 +13,7 @@ from strategies import SCHEMES, VISIBILITIES, graphs, node_lists
 import leattn
 from leattn import ICLGraph, ICLNode, LeattnError, compile_prompt
 from leattn.kv.keys import node_key, prompt_keys
+from leattn.prompt.positions import Place
 
 MODEL = b"a model"
 
@@ -46,7 +47,7 @@ def test_a_prompt_gives_what_node_key_gives(graph, visibility, positions, shifti
     expected = []
     for i, node in enumerate(graph.nodes):
         seen = [(expected[j], starts[j] - starts[i]) for j in reversed(prompt.visible.nodes_seen(i))]
-        expected.append(node_key(MODEL, prompt[node].input_ids, seen, None if shifting else starts[i]))
+        expected.append(node_key(MODEL, prompt[node].input_ids, seen, Place(starts[i]), absolute=not shifting))
     assert prompt_keys(prompt, MODEL, shifting=shifting) == expected
 
 
@@ -158,4 +159,19 @@ def test_a_thousand_nodes_that_see_all_before_take_no_time():
 
 def test_a_key_of_another_length_is_refused():
     with pytest.raises(LeattnError, match="a key has 32 bytes, but one of the seen nodes came with 3"):
-        node_key(MODEL, [1], [(b"abc", -1)], None)
+        node_key(MODEL, [1], [(b"abc", -1)], Place(0), absolute=False)
+
+
+def test_how_far_tokens_stand_apart_changes_the_key_and_where_they_stand_does_not():
+    def keys(places, shifting):
+        doc = ICLNode([1, 2, 3], id="doc")
+        prompt = compile_prompt(ICLNode([4], [doc], id="Q"), positions=lambda *_: places)
+        return prompt_keys(prompt, MODEL, shifting=shifting)
+
+    by_one, wide = [[0, 1, 2], 3], [[0, 1.5, 3], 4.5]
+    assert keys(by_one, True) == keys([0, 3], True) == keys([10.25, 13.25], True)
+    assert not set(keys(by_one, True)) & set(keys(wide, True))
+    assert keys(wide, True) == keys([[7.5, 9, 10.5], 12], True)
+    assert not set(keys(wide, False)) & set(keys([[7.5, 9, 10.5], 12], False))
+    assert keys([[0, 1.5, 3], 4.5], True)[0] == keys([[0, 1.5, 3], 5], True)[0]
+    assert keys([[0, 1.5, 3], 4.5], True)[1] != keys([[0, 1.5, 3], 5], True)[1]

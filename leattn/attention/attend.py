@@ -13,7 +13,7 @@ from leattn.attention.choose import chosen
 from leattn.attention.follow import follow
 from leattn.attention.request import Backend, MaskMode, checked_mask
 from leattn.attention.roots import warn_of_roots
-from leattn.attention.turning import check_readings, key_turns
+from leattn.attention.turning import check_readings, check_real_positions, key_turns
 from leattn.errors import LeattnError, choices
 from leattn.model.record import Model
 from leattn.prompt.columns import Columns
@@ -118,6 +118,8 @@ def block_for(model: Any, record: Model, columns: Columns, backend: str | Backen
     """
     if columns.readings:
         check_readings(model, record, columns.readings)
+    if not columns.are_whole:
+        check_real_positions(model, record)
     block = chosen(model, record, columns, backend, user)
     if any(reading.shift for reading in columns.readings):
         block.turns = key_turns(model, record)

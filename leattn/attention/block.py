@@ -90,7 +90,8 @@ class Block:
     def inputs(self) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask`` and ``position_ids``, ``[P, S]`` each, padded on the left."""
         columns = self.columns
-        return {"input_ids": columns.input_ids, "attention_mask": columns.attention_mask, "position_ids": columns.position_ids}
+        positions = columns.position_ids(range(columns.width))
+        return {"input_ids": columns.input_ids, "attention_mask": columns.attention_mask, "position_ids": positions}
 
     def decide(self, needs: frozenset[Need]) -> Backend:
         """The backend for a forward that asks for this.

@@ -69,7 +69,7 @@ def prepared_call(
         raise BackendError(
             "position_ids in several dimensions (M-RoPE), which the nodes of a graph do not have; give it text alone"
         )
-    positions = columns.positions(queries) + record.facts.first_position
+    positions = columns.position_ids(queries) + record.facts.first_position
     call["position_ids"] = (positions if repeats == 1 else positions.repeat_interleave(repeats, 0)).to(tokens.device)
     mask = call.get("attention_mask")
     if isinstance(mask, dict):  # made ahead, one for each layer type

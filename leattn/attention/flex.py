@@ -67,8 +67,8 @@ def _block_range(request: Request, columns: range) -> tuple[Tensor, Tensor]:
     """The smallest and largest position in each block of columns, ``[B, blocks]`` each."""
     positions = request.columns.positions(columns).repeat_interleave(request.repeats, 0).to(request.device)
     short = -positions.shape[1] % BLOCK
-    low = torch.nn.functional.pad(positions, (0, short), value=torch.iinfo(torch.long).max // 2)
-    high = torch.nn.functional.pad(positions, (0, short), value=torch.iinfo(torch.long).min // 2)
+    beyond = 2**60  # further than any position
+    low, high = (torch.nn.functional.pad(positions, (0, short), value=value) for value in (beyond, -beyond))
     shape = (len(positions), -1, BLOCK)  # [B, blocks, BLOCK]
     return low.view(shape).amin(-1), high.view(shape).amax(-1)
 

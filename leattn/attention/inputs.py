@@ -12,6 +12,7 @@ from leattn.attention.backends import BACKENDS
 from leattn.attention.probe import route
 from leattn.attention.request import Backend, Request
 from leattn.attention.roots import warn_of_roots
+from leattn.attention.turning import raise_if_not_real, real_refusal
 from leattn.errors import BackendError
 from leattn.model.facts import Facts
 from leattn.model.record import Model
@@ -30,12 +31,15 @@ class InputForm:
         The model's current implementation, and what makes its masks.
     dtype
         Of additive masks.
+    real
+        Why positions have to be whole numbers, or None.
     """
 
     facts: Facts
     implementation: str
     backend: Backend
     dtype: torch.dtype
+    real: str | None
 
     def inputs(self, prompts: Sequence[CompiledPrompt], device: torch.device) -> dict[str, Any]:
         """``input_ids`` and ``position_ids`` ``[P, S]``, padded on the left, and ``attention_mask`` as the model takes it.
@@ -53,13 +57,15 @@ class InputForm:
         self.facts.check_tokens(prompts)
         self.facts.check_positions(prompts)
         columns = columns_of(prompts, device)
+        if not columns.are_whole:
+            raise_if_not_real(self.facts.family, self.real)
         every = range(columns.width)
         masks = {}
         for kind, window in self.facts.windows.items():
             request = Request(columns, len(prompts), every, len(every), window, self.dtype, device, may_skip=False)
             masks[kind] = self.backend.attention(request).mask  # type: ignore[attr-defined]
         mask = masks[""] if list(masks) == [""] else masks
-        positions = columns.position_ids + self.facts.first_position
+        positions = columns.position_ids(every) + self.facts.first_position
         return {"input_ids": columns.input_ids, "position_ids": positions, "attention_mask": mask}
 
 
@@ -81,7 +87,7 @@ def input_form(model: Any) -> InputForm:
     reason, _ = route(model, record, BACKENDS[name])
     if reason is not None:
         raise BackendError(f"backend {name!r} cannot run this model: {reason}")
-    return InputForm(record.facts, record.implementation, BACKENDS[name], model.dtype)
+    return InputForm(record.facts, record.implementation, BACKENDS[name], model.dtype, real_refusal(model, record))
 
 
 def model_inputs(model: Any, prompts: CompiledPrompt | Sequence[CompiledPrompt]) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from leattn.dag.node import as_position
 from leattn.dag.reading import Reading
 from leattn.errors import BackendError
-from leattn.model.turns import Turn
+from leattn.model.turns import Turn, positions_from
 from leattn.prompt.columns import Columns
 from leattn.prompt.stretch import Stretch
 
@@ -97,9 +98,9 @@ def moved_query(query: Tensor, reading: Reading, turns: Turns, module: Any) -> T
     if turn is None:
         return query
     # A rotation of the keys by δ is one of the query by −δ, wherever the two stand.
-    far, near = max(reading.shift, 0), max(-reading.shift, 0)
-    count = query.shape[2]
-    old, new = (torch.full((count,), at, device=query.device) for at in (far, near))
+    shift = as_position(reading.shift) or 0
+    steps = torch.zeros(query.shape[2], dtype=torch.long, device=query.device)
+    old, new = positions_from(max(shift, 0), steps), positions_from(max(-shift, 0), steps)
     with torch.autocast(query.device.type, enabled=False):
         moved = turn.apply(query, turn.between(old, new))
     return moved if reading.heads is None else torch.where(_of_heads(reading, query.shape[1], query.device), moved, query)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from leattn.attention.verdicts import KNOWN_CODE
-from leattn.dag.node import ICLNode
+from leattn.dag.node import ICLNode, Position
 from leattn.model.facts import Facts
 from leattn.model.record import Model
 from leattn.prompt.compile import compile_prompt
@@ -40,7 +40,7 @@ def sample_tokens(facts: Facts) -> dict[str, list[int]]:
 
 
 def sample(
-    tokens: Mapping[str, Sequence[int]], *, start: int = 0, swap: bool = False, only: str | None = None
+    tokens: Mapping[str, Sequence[int]], *, start: Position = 0, swap: bool = False, only: str | None = None
 ) -> CompiledPrompt:
     """A graph on which much can be told of a model, or one of its nodes with its ancestors.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +18,11 @@ from leattn.attention.reading import Turns, scaled_scores
 from leattn.attention.request import NEEDS, Backend, LayerAttention, Request
 from leattn.attention.sample import in_words, probing, raise_if_not_the_models, sample, sample_tokens
 from leattn.attention.verdicts import Failure, verdicts
+from leattn.dag.node import Position
 from leattn.dag.reading import Reading
 from leattn.errors import BackendError
 from leattn.model.record import Model, variant
-from leattn.model.turns import Turn, possible_turns
+from leattn.model.turns import Turn, positions_from, possible_turns
 from leattn.prompt.compiled import columns_of
 
 NATIVE = (
@@ -30,6 +32,8 @@ NATIVE = (
 
 DISTANCES = (3, 57, 4096)
 """Shifts that are tried, and the furthest that the model was made for."""
+BETWEEN = ((0.375, 8), (1.3125, 16))
+"""Distances that are not whole, and how often one of them makes a whole one."""
 
 
 def check_readings(model: Any, record: Model, readings: Collection[Reading]) -> None:
@@ -41,8 +45,11 @@ def check_readings(model: Any, record: Model, readings: Collection[Reading]) -> 
         In words.
     """
     reason = readings_refusal(model, record)
-    if reason is None and any(reading.shift for reading in readings):
+    shifts = [reading.shift for reading in readings if reading.shift]
+    if reason is None and shifts:
         reason = shift_refusal(model, record)
+    if reason is None and any(shift % 1 for shift in shifts):
+        reason = real_refusal(model, record)
     if reason is not None:
         raise BackendError(f"{type(model).__name__} cannot read in other ways than as it does (leattn.read): {reason}")
     config = record.base.config
@@ -54,27 +61,61 @@ def check_readings(model: Any, record: Model, readings: Collection[Reading]) -> 
                 raise BackendError(f"a reading names {what} {beyond}; this model has {what} 0 to {highest - 1}")
 
 
+def check_real_positions(model: Any, record: Model) -> None:
+    """Refuse positions that are no whole numbers where the model has none between two of those.
+
+    Raises
+    ------
+    BackendError
+        In words.
+    """
+    raise_if_not_real(record.facts.family, real_refusal(model, record))
+
+
+def raise_if_not_real(family: str, reason: str | None) -> None:
+    """Refuse positions between two whole numbers, if there is a reason."""
+    if reason is not None:
+        raise BackendError(
+            f"{family} cannot take positions that are not whole numbers: {reason}; round them, or use positions='after_parents'"
+        )
+
+
 def readings_refusal(model: Any, record: Model) -> str | None:
     """Why no node can read in another way in this model, or None."""
-    found = _found_out(model, record)
-    return found if isinstance(found, str) else None
+    return _found_out(model, record).readings
 
 
 def shift_refusal(model: Any, record: Model) -> str | None:
     """Why no node can read what stands elsewhere in this model, or None."""
     found = _found_out(model, record)
-    return found if isinstance(found, str) else found[0]
+    return found.readings or found.shift
+
+
+def real_refusal(model: Any, record: Model) -> str | None:
+    """Why nothing can stand between two whole numbers in this model, or None."""
+    if record.facts.position_limit is not None:
+        return "its positions are in a table, which has none between two whole numbers"
+    return _found_out(model, record).real
 
 
 def key_turns(model: Any, record: Model) -> Turns:
     """How the keys of every layer turn with the position, as its attention gets them."""
-    found = _found_out(model, record)
-    assert not isinstance(found, str)
-    return found[1]
+    return _found_out(model, record).turns
 
 
-Finding: TypeAlias = str | tuple[str | None, Turns]
-"""Why nothing can be read otherwise; or why nothing at another place, and how keys turn."""
+@dataclass(frozen=True)
+class Finding:
+    """Why nothing can be read otherwise, nothing at another place, nothing stand between whole numbers; and how keys turn."""
+
+    readings: str | None
+    shift: str | None
+    real: str | None
+    turns: Turns = ()
+
+    @classmethod
+    def all_for(cls, reason: str) -> Finding:
+        """One reason for everything."""
+        return cls(reason, reason, reason)
 
 
 def _found_out(model: Any, record: Model) -> Finding:
@@ -83,33 +124,29 @@ def _found_out(model: Any, record: Model) -> Finding:
         if which not in record.readings:
             finding = _remembered(model, record)
             if isinstance(finding, Failure):
-                return finding
+                return Finding.all_for(finding)
             record.readings[which] = finding
         found: Finding = record.readings[which]
         return found
 
 
-def _remembered(model: Any, record: Model) -> Finding:
+def _remembered(model: Any, record: Model) -> Finding | Failure:
     """What an earlier process found out, or else what is found out now."""
     kept = verdicts(model, record)
     known = kept["readings"]
-    if isinstance(known, str):
-        return known
     if known is not None:
         ways = (_ways(record, layer) for layer in range(len(known["turns"])))
-        return known["shift"], tuple(turns[i] for turns, i in zip(ways, known["turns"], strict=True))
+        turns = tuple(each[i] for each, i in zip(ways, known["turns"], strict=True))
+        return Finding(known["readings"], known["shift"], known["real"], turns)
     try:
         finding = _tried(model, record)
     except BackendError as error:
-        finding = str(error)
+        finding = Finding.all_for(str(error))
     except Exception as error:  # whatever a family's code raises is a reason
         raise_if_not_the_models(error)
         return Failure(f"trying it fails with {in_words(error)}")
-    if isinstance(finding, str):
-        kept["readings"] = finding
-    else:
-        turned = [_ways(record, layer).index(turn) for layer, turn in enumerate(finding[1])]
-        kept["readings"] = {"shift": finding[0], "turns": turned}
+    turned = [_ways(record, layer).index(turn) for layer, turn in enumerate(finding.turns)]
+    kept["readings"] = {"readings": finding.readings, "shift": finding.shift, "real": finding.real, "turns": turned}
     return finding
 
 
@@ -123,15 +160,34 @@ def _tried(model: Any, record: Model) -> Finding:
     with probing(model, record):
         block = chosen(model, record, columns, "auto")  # any backend at all
     if block.native:
-        return NATIVE
+        return Finding.all_for(NATIVE)
     cold = _watched(model, record, 0)
     allowed = max(512 * torch.finfo(torch.float32).eps, 8 * torch.finfo(record.dtype).eps)
+    real = _real(model, record, cold.keys, allowed)
     if not cold.off <= allowed:
-        return (
+        reason = (
             f"its attention is not a softmax of scaled scores (off by {cold.off:.1e}, and {allowed:.1e} is rounding), so what "
             "a group weighs is not known"
         )
-    return _turns(record, cold.keys, lambda start: _watched(model, record, start).keys, allowed)
+        return Finding(reason, reason, real)
+    shift, turns = _turns(record, cold.keys, lambda start: _watched(model, record, start).keys, allowed)
+    return Finding(None, shift, real, turns)
+
+
+def _real(model: Any, record: Model, cold: dict[int, Tensor], allowed: float) -> str | None:
+    """Why nothing can stand between two whole numbers: keys there must be turned as far as the position says."""
+    for start, times in BETWEEN:
+        try:
+            there, whole = (_watched(model, record, at).keys for at in (start, int(start * times)))
+        except Exception as error:  # whatever a family's code raises is a reason
+            raise_if_not_the_models(error)
+            return f"trying it fails with {in_words(error)}"
+        for layer, keys in sorted(cold.items()):
+            ways = [way for way in _ways(record, layer) if _off(way, keys, there[layer], start) <= allowed]
+            # A rotation that cuts positions off would find its own keys right.
+            if not any(_off(way, keys, whole[layer], start, times) <= times * allowed for way in ways):
+                return f"no rotation of its family gives the keys of layer {layer} {start} positions further on"
+    return None
 
 
 def _turns(record: Model, cold: dict[int, Tensor], keys_at: Any, allowed: float) -> tuple[str | None, Turns]:
@@ -185,7 +241,7 @@ class _Watched:
         return watched
 
 
-def _watched(model: Any, record: Model, start: int) -> _Watched:
+def _watched(model: Any, record: Model, start: Position) -> _Watched:
     """One forward of the sample graph, its root at a position."""
     watched = _Watched()
     columns = columns_of([sample(sample_tokens(record.facts), start=start)], record.device)
@@ -197,14 +253,17 @@ def _watched(model: Any, record: Model, start: int) -> _Watched:
     return watched
 
 
-def _off(turn: Turn | None, keys: Tensor, expected: Tensor, start: int) -> float:
-    """How far turned keys ``[G, n, D]`` are from those that stand ``start`` further on; infinite where it does not even fit."""
+def _off(turn: Turn | None, keys: Tensor, expected: Tensor, start: Position, times: int = 1) -> float:
+    """How far keys ``[G, n, D]`` turned several times are from those that stand there; infinite where it does not even fit."""
     try:
-        old, new = (torch.full((keys.shape[1],), at, device=keys.device) for at in (0, start))
-        moved = keys if turn is None else turn.apply(keys[None], turn.between(old, new))[0]
+        steps = torch.zeros(keys.shape[1], dtype=torch.long, device=keys.device)
+        old, new = positions_from(0, steps), positions_from(start, steps)
+        moved = keys[None]
+        for _ in range(0 if turn is None else times):
+            moved = turn.apply(moved, turn.between(old, new))  # type: ignore[union-attr]
     except Exception:  # a function of some family, called in a way that it may not be made for
         return math.inf
-    return _difference(moved.float(), expected.float()) if moved.shape == expected.shape else math.inf
+    return _difference(moved[0].float(), expected.float()) if moved[0].shape == expected.shape else math.inf
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:

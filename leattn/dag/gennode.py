@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 
-from leattn.dag.node import ICLNode
+from leattn.dag.node import ICLNode, Position
 from leattn.dag.reading import Read
 from leattn.errors import CompileError
 
@@ -87,7 +87,7 @@ class GenNode(ICLNode):
         *,
         max_new_tokens: int,
         stop: str | Iterable[str] | None = None,
-        start_pos_id: int | None = None,
+        start_pos_id: Position | None = None,
         special_tokens: Literal["parse", "text"] = "parse",
         **sampling: Any,
     ) -> None:

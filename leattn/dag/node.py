@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from leattn.errors import CompileError, GraphError, LeattnError, choices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Position: TypeAlias = int | float
+"""A whole number, or a multiple of 2⁻²⁰, so that distances between positions are exact."""
 
 _created = itertools.count()
 _created_lock = threading.Lock()
@@ -64,7 +68,8 @@ class ICLNode:
     id
         The name in graphs, pictures and results. Without one a graph names the node after its first ten characters.
     start_pos_id, end_pos_id
-        Pin the position of the first token, or one past the last; at most one of the two.
+        Pin the position of the first token, or one past the last; at most one of the two. Numbers that are not whole take
+        a model with rotary positions.
     special_tokens
         ``"parse"``: strings such as ``<|eot_id|>`` in the text become control tokens. ``"text"``: they stay text, tokenized as
         by the same tokenizer without control tokens, which is what retrieved documents want.
@@ -92,8 +97,8 @@ class ICLNode:
     content: str | tuple[int, ...]
     parents: Sequence[ICLNode]
     id: str | None
-    start_pos_id: int | None
-    end_pos_id: int | None
+    start_pos_id: Position | None
+    end_pos_id: Position | None
     special_tokens: Literal["parse", "text"]
     created: int
 
@@ -102,8 +107,8 @@ class ICLNode:
         content: str | Iterable[int] | torch.Tensor,
         parents: Iterable[ICLNode | Read] | None = (),
         id: str | None = None,
-        start_pos_id: int | None = None,
-        end_pos_id: int | None = None,
+        start_pos_id: Position | None = None,
+        end_pos_id: Position | None = None,
         *,
         special_tokens: Literal["parse", "text"] = "parse",
     ) -> None:
@@ -142,9 +147,9 @@ class ICLNode:
             value = getattr(self, name)
             if value is None:
                 continue
-            position = whole_number(value)
+            position = as_position(value)
             if position is None:
-                raise CompileError(f"node {str(self)!r} has {name}={value!r}; give a whole number")
+                raise CompileError(f"node {str(self)!r} has {name}={value!r}; give a number")
             if position < 0:
                 raise CompileError(f"node {str(self)!r} has {name}={value}; positions start at 0")
             object.__setattr__(self, name, position)
@@ -234,6 +239,25 @@ def whole_number(value: object) -> int | None:
     if isinstance(value, bool) or not isinstance(value, Real) or value % 1 != 0:
         return None
     return int(value)  # type: ignore[call-overload, no-any-return]
+
+
+def as_position(value: object) -> Position | None:
+    """The position that a number is: an integer where it is whole, else the nearest multiple of 2⁻²⁰; None for what is none.
+
+    Examples
+    --------
+    >>> as_position(7.0), as_position(2.5), as_position(float("nan")), as_position(True)
+    (7, 2.5, None, None)
+    """
+    whole = whole_number(value)
+    if whole is not None:
+        return whole
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        return None
+    nearest = round(float(value) * 2**20) / 2**20
+    return int(nearest) if nearest % 1 == 0 else nearest
 
 
 def _as_ids(content: Any) -> tuple[int, ...]:

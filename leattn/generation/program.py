@@ -12,11 +12,11 @@ from typing import Any
 
 from leattn.dag.gennode import GenNode
 from leattn.dag.graph import ICLGraph
-from leattn.dag.node import ICLNode
+from leattn.dag.node import ICLNode, Position
 from leattn.dag.tokens import tokenize_all
 from leattn.errors import LeattnError
 from leattn.prompt.compiled import CompiledPrompt
-from leattn.prompt.positions import Positions, after_seen, given_starts, pinned_start, scheme_of
+from leattn.prompt.positions import Place, Positions, after_seen, given_places, pinned_start, place_of, scheme_of
 from leattn.prompt.visible import Readings, Run, Visibility, Visible, merge, visible_relation
 
 
@@ -25,12 +25,12 @@ class Unit:
     """One node of a program.
 
     ``ids`` are its tokens, or the header of what the model writes; a continuation has none, and goes on from the last token of
-    the unit ``follows``. ``start`` is its first position, or None: after what it sees.
+    the unit ``follows``. ``place`` is where it stands, or None: after what it sees.
     """
 
     name: str
     ids: tuple[int, ...]
-    start: int | None
+    place: Place | None
     writes: bool = False
     follows: int | None = None
     max_new_tokens: int | None = None
@@ -45,7 +45,7 @@ class Program:
         self.units: list[Unit] = []
         self._runs: list[tuple[Run, ...]] = []
         self._readings: dict[int, Readings] = {}
-        self._known: dict[tuple[ICLNode, int | None, tuple[Run, ...], Readings], int] = {}
+        self._known: dict[tuple[ICLNode, Place | None, tuple[Run, ...], Readings], int] = {}
 
     @cached_property
     def visible(self) -> Visible:
@@ -56,6 +56,12 @@ class Program:
     def sees(self) -> tuple[tuple[int, ...], ...]:
         """The units that each unit sees, ascending."""
         return tuple(tuple(self.visible.nodes_seen(i)) for i in range(len(self.units)))
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether all positions are whole numbers."""
+        places = [unit.place for unit in self.units if unit.place is not None]
+        return all(isinstance(each, int) for place in places for each in (place.start, *(place.apart or ())))
 
     @cached_property
     def written(self) -> tuple[int, ...]:
@@ -100,51 +106,54 @@ class Program:
                 "Scheme(starts, known_before_writing=True) of a scheme of your own that needs none"
             )
         ids = tokenize_all(graph.nodes, tokenizer)
-        given = given_starts(graph, [len(node_ids) for node_ids in ids], scheme)
+        given = given_places(graph, [len(node_ids) for node_ids in ids], scheme)
         visible = visible_relation(graph, visibility)
-        place: list[int] = []
+        units: list[int] = []
         branches = {}
         for i, (node, node_ids) in enumerate(zip(graph.nodes, ids, strict=True)):
             name = graph.names[node]
-            mapped = _mapped(visible.runs[i], place)
+            mapped = _mapped(visible.runs[i], units)
             start = pinned_start(graph, node, len(node_ids))
-            if start is None:
-                start = after_seen(map(self._end, _members(mapped))) if given is None else given[i]
-            unit = Unit(name, tuple(node_ids), start)
+            place = None if given is None else given[i]
+            if place is None or start is not None:
+                start = after_seen(map(self._end, _members(mapped))) if start is None else start
+                place = None if start is None else Place(start)
+            unit = Unit(name, tuple(node_ids), place)
             if isinstance(node, GenNode):
                 limit, stop, sampling = node.max_new_tokens, node.stop, node.sampling
                 unit = replace(unit, writes=True, max_new_tokens=limit, stop=stop, sampling=sampling)
                 branches[name] = i
-            place.append(self._unit(node, unit, mapped, _read(visible, i, place)))
-        return Part(graph, None, {name: place[i] for name, i in branches.items()})
+            units.append(self._unit(node, unit, mapped, _read(visible, i, units)))
+        return Part(graph, None, {name: units[i] for name, i in branches.items()})
 
     def add_prompt(self, prompt: CompiledPrompt) -> Part:
         """All sinks go on: each gets a continuation, which sees the sink and what that sees."""
         graph, offsets = prompt.graph, prompt.offsets
         ids, positions = prompt.input_ids[0].tolist(), prompt.position_ids[0].tolist()
-        place: list[int] = []
+        units: list[int] = []
         for i, node in enumerate(graph.nodes):
-            tokens = tuple(ids[offsets[i] : offsets[i + 1]])
-            unit = Unit(graph.names[node], tokens, positions[offsets[i]])
-            place.append(self._unit(node, unit, _mapped(prompt.visible.runs[i], place), _read(prompt.visible, i, place)))
+            span = slice(offsets[i], offsets[i + 1])
+            unit = Unit(graph.names[node], tuple(ids[span]), place_of(positions[span]))
+            units.append(self._unit(node, unit, _mapped(prompt.visible.runs[i], units), _read(prompt.visible, i, units)))
         branches = {}
         for sink in graph.sinks:
             i = graph.index[sink]
-            follows = place[i]
+            follows = units[i]
             branches[graph.names[sink]] = len(self.units)
             if follows in self._readings:
                 self._readings[len(self.units)] = self._readings[follows]
-            self.units.append(Unit(graph.names[sink], (), positions[offsets[i + 1] - 1] + 1, writes=True, follows=follows))
+            after = Place(positions[offsets[i + 1] - 1] + 1)
+            self.units.append(Unit(graph.names[sink], (), after, writes=True, follows=follows))
             self._runs.append(merge([*self._runs[follows], (follows, follows + 1)]))
         return Part(graph, prompt, branches)
 
-    def _end(self, i: int) -> int | None:
+    def _end(self, i: int) -> Position | None:
         unit = self.units[i]
-        return None if unit.writes or unit.start is None else unit.start + len(unit.ids)
+        return None if unit.writes or unit.place is None else unit.place.end(len(unit.ids))
 
     def _unit(self, node: ICLNode, unit: Unit, runs: tuple[Run, ...], readings: Readings) -> int:
         """The index of this unit: the one at hand if another target has the same node, reading the same, in the same place."""
-        known = self._known.setdefault((node, unit.start, runs, readings), len(self.units))
+        known = self._known.setdefault((node, unit.place, runs, readings), len(self.units))
         if known == len(self.units):
             self.units.append(unit)
             self._runs.append(runs)
@@ -192,9 +201,9 @@ def build(
     return program, parts
 
 
-def _read(visible: Visible, node: int, place: Sequence[int]) -> Readings:
+def _read(visible: Visible, node: int, units: Sequence[int]) -> Readings:
     """The readings of a node of one target's layout, over units."""
-    return tuple((_mapped(runs, place), reading) for runs, reading in visible.readings.get(node, ()))
+    return tuple((_mapped(runs, units), reading) for runs, reading in visible.readings.get(node, ()))
 
 
 def _mapped(runs: Sequence[Run], place: Sequence[int]) -> tuple[Run, ...]:

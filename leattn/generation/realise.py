@@ -20,7 +20,7 @@ def continued_graph(prompt: CompiledPrompt, written: Mapping[str, Sequence[int]]
     for name, ids in written.items():
         if ids:
             sink = graph[name]
-            end = int(prompt.position_ids[0, prompt.spans[sink][1] - 1]) + 1
+            end = prompt.position_ids[0, prompt.spans[sink][1] - 1].item() + 1
             continuations.append(ICLNode(ids, [*prompt.parents(sink), sink], f"{name} (continued)", start_pos_id=end))
     return ICLGraph(*graph.sinks, *continuations)
 

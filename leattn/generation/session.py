@@ -22,6 +22,8 @@ from leattn.attention.block import Block, innermost
 from leattn.attention.follow import follow
 from leattn.attention.request import Backend
 from leattn.attention.roots import warn_of
+from leattn.attention.turning import check_real_positions
+from leattn.dag.node import Position
 from leattn.errors import BackendError, LeattnError
 from leattn.generation.program import Program
 from leattn.kv.certify import certificate
@@ -33,7 +35,7 @@ from leattn.kv.store import KVStore
 from leattn.model.cache import Arena
 from leattn.model.record import Model
 from leattn.prompt.columns import Columns, Row
-from leattn.prompt.positions import after_seen
+from leattn.prompt.positions import Place, after_seen
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ def session(
         )
     columns = Columns([Row(program.visible)], record.device)
     block = block_for(model, record, columns, backend)  # a model that follows no graph at all says so first
+    if not program.is_whole:
+        check_real_positions(model, record)
     beside = record.facts.cached_beside
     if beside is not None:
         which = "a program" if kv_store is None else "kv_store"
@@ -128,20 +132,25 @@ class Session:
         self.queue: deque[tuple[int, Sequence[int]]] = deque()
         self.computed = self.reused = 0
         self._placed = [False] * len(program.units)
-        self._starts: dict[int, int] = {}
+        self._places: dict[int, Place] = {}
         self._keys: dict[int, bytes] = {}
         self._complete: set[int] = set()
 
-    def start(self, i: int) -> int:
-        """The first position of a unit whose start is known: everything it sees is complete."""
-        for j in (*self.program.upwards(i), i) if i not in self._starts else ():
-            if j not in self._starts:
-                start = self.program.units[j].start
-                if start is None:
-                    start = after_seen(self._starts[k] + len(self.ids[k]) for k in self.program.sees[j])
-                assert start is not None
-                self._starts[j] = start
-        return self._starts[i]
+    def place_of(self, i: int) -> Place:
+        """Where a unit stands whose start is known: everything it sees is complete."""
+        for j in (*self.program.upwards(i), i) if i not in self._places else ():
+            if j not in self._places:
+                place = self.program.units[j].place
+                if place is None:
+                    start = after_seen(self._places[k].end(len(self.ids[k])) for k in self.program.sees[j])
+                    assert start is not None
+                    place = Place(start)
+                self._places[j] = place
+        return self._places[i]
+
+    def start(self, i: int) -> Position:
+        """The first position of a unit whose start is known."""
+        return self.place_of(i).start
 
     def place(self, units: Sequence[int], *, compute: Collection[int] = ()) -> None:
         """Queue what must go through the model for the units to stand in the cache with everything they see.
@@ -199,8 +208,9 @@ class Session:
         """One forward; the model's output with logits ``[1, rows, V]`` of the fed tokens in ``rows``, or hidden states."""
         ids: list[int] = []
         for feed in feeds:
-            self.row.append(feed.unit, self.start(feed.unit) + self.fed[feed.unit], len(feed.ids))
+            fed = self.fed[feed.unit]
             self.fed[feed.unit] += len(feed.ids)
+            self.row.append(feed.unit, self.place_of(feed.unit).of(range(fed, fed + len(feed.ids))))
             ids += feed.ids
         record = self.block.record
         input_ids = torch.tensor([ids], device=self.block.columns.device)
@@ -267,20 +277,20 @@ class Session:
         """The key of a complete unit in the store."""
         for j in (*self.program.upwards(i), i) if i not in self._keys else ():
             if j not in self._keys:
-                start = self.start(j)
-                seen = [(self._keys[k], self.start(k) - start) for k in self.program.sees[j]]
-                place = {k: i for i, k in enumerate(self.program.sees[j])}
+                place = self.place_of(j)
+                seen = [(self._keys[k], self.start(k) - place.start) for k in self.program.sees[j]]
+                index = {k: i for i, k in enumerate(self.program.sees[j])}
                 groups = [
-                    ([place[k] for first, last in runs for k in range(first, last)], reading)
+                    ([index[k] for first, last in runs for k in range(first, last)], reading)
                     for runs, reading in self.program.visible.readings.get(j, ())
                 ]
-                self._keys[j] = node_key(self._fingerprint, self.ids[j], seen, None if self._shifts else start, groups)
+                self._keys[j] = node_key(self._fingerprint, self.ids[j], seen, place, absolute=not self._shifts, groups=groups)
         return self._keys[i]
 
     def _load(self, loads: Sequence[tuple[int, NodeKV]]) -> None:
         """Put entries of the store into the cache."""
         for i, _ in loads:
-            self.row.append(i, self.start(i), len(self.ids[i]))
+            self.row.append(i, self.place_of(i).of(range(len(self.ids[i]))))
             self.reused += len(self.ids[i])
         for layer in range(len(loads[0][1].keys) if loads else 0):
             self.arena.load(layer, [entry.keys[layer] for _, entry in loads], [entry.values[layer] for _, entry in loads])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
@@ -11,6 +12,7 @@ from tqdm.auto import tqdm
 
 from leattn.attention.request import Backend
 from leattn.dag.graph import ICLGraph
+from leattn.dag.node import Position
 from leattn.errors import LeattnError, choices
 from leattn.generation.branch import decoder
 from leattn.generation.program import Part, Program, build
@@ -22,7 +24,7 @@ from leattn.generation.session import session
 from leattn.kv.store import KVStore
 from leattn.model.record import Model
 from leattn.prompt.compiled import CompiledPrompt
-from leattn.prompt.positions import Positions, after_seen
+from leattn.prompt.positions import Place, Positions, after_seen
 from leattn.prompt.visible import Visibility
 
 OnInterrupt: TypeAlias = Literal["raise", "return"]
@@ -116,13 +118,11 @@ def _generation(part: Part, run: Schedule, backend: str, stats: Stats, complete:
 
 def _last_position(program: Program, sampling: Sampling) -> int:
     """The last position that may be reached, if every branch takes all of its tokens."""
-    ends: list[int] = []
+    ends: list[Position] = []
     for i, unit in enumerate(program.units):
-        start = unit.start
-        if start is None:
-            start = after_seen(ends[j] for j in program.sees[i]) or 0
+        place = unit.place or Place(after_seen(ends[j] for j in program.sees[i]) or 0)
         new = 0
         if unit.writes:
             new = unit.max_new_tokens or sampling.limit(unit.sampling, 0)
-        ends.append(start + len(unit.ids) + new)
-    return max(ends) - 1
+        ends.append(place.end(len(unit.ids)) + new)
+    return math.ceil(max(ends) - 1)

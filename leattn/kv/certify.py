@@ -14,11 +14,12 @@ from leattn.attention.attend import prepare
 from leattn.attention.follow import follow
 from leattn.attention.sample import in_words, probing, raise_if_not_the_models, sample, sample_tokens
 from leattn.attention.verdicts import Failure, verdicts
+from leattn.dag.node import Position
 from leattn.errors import BackendError, LeattnWarning
 from leattn.kv.entry import NodeKV, node_kv
 from leattn.model.cache import full_length_cache
 from leattn.model.record import Model, variant
-from leattn.model.turns import Turn, possible_turns
+from leattn.model.turns import Turn, positions_from, possible_turns
 from leattn.prompt.compiled import CompiledPrompt
 
 Turns = tuple[tuple[Turn | None, Turn | None], ...]
@@ -175,13 +176,13 @@ def _errors(turn: Turn | None, part: str, layer: int, cold: dict[str, NodeKV], m
     ]
 
 
-def _moved_difference(turn: Turn | None, stored: Tensor, expected: Tensor, old: int, new: int) -> float:
+def _moved_difference(turn: Turn | None, stored: Tensor, expected: Tensor, old: Position, new: Position) -> float:
     """The error of one way to turn; infinite where it does not even fit."""
     if turn is None:
         return _difference(stored, expected)
     steps = torch.arange(stored.shape[1], device=stored.device)
     try:
-        turned = turn.apply(stored[None], turn.between(steps + old, steps + new))[0]
+        turned = turn.apply(stored[None], turn.between(positions_from(old, steps), positions_from(new, steps)))[0]
     # The functions of some family, called in ways it may not be made for: whatever they raise, this is not the way.
     except Exception:
         return math.inf

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from leattn.dag.node import Position
 from leattn.errors import LeattnError
 from leattn.kv.entry import NodeKV
 from leattn.kv.fingerprint import FORMAT
@@ -88,7 +89,7 @@ class Directory:
             keys, values = (
                 tuple(tensors[f"{part}.{i}"].clone() for i in range(len(tensors) // 2)) for part in ("keys", "values")
             )
-            return NodeKV(keys, values, int(metadata["start"]))
+            return NodeKV(keys, values, _number(metadata["start"]))
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -161,3 +162,8 @@ def _alive(pid: int) -> bool:
     except OSError:
         return True
     return True
+
+
+def _number(text: str) -> Position:
+    number = float(text)
+    return int(number) if number.is_integer() else number

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leattn.dag.node import Position
 from leattn.errors import BackendError, LeattnError
 
 
@@ -20,13 +21,13 @@ class NodeKV:
     keys, values : tuple of Tensor
         One ``[G, n, D]`` per layer, keys after rotary embedding. Models with latent attention keep their latents here, as
         transformers' cache does: ``[1, n, rank]`` and ``[1, n, D]``.
-    start : int
+    start : int or float
         The node's first position, the one that the keys are rotated for.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-    start: int
+    start: Position
 
     def __post_init__(self) -> None:
         if not self.keys or len(self.keys) != len(self.values):
@@ -60,7 +61,7 @@ class NodeKV:
         return f"NodeKV({len(self)} tokens from position {self.start}, {len(self.keys)} layers, {self.nbytes} bytes)"
 
 
-def node_kv(cache: Any, slots: slice | Tensor, start: int, *, row: int = 0) -> NodeKV:
+def node_kv(cache: Any, slots: slice | Tensor, start: Position, *, row: int = 0) -> NodeKV:
     """Copy the keys and values of one node out of a transformers cache.
 
     Parameters

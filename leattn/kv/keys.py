@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from leattn.dag.node import Position
 from leattn.dag.reading import Reading
 from leattn.errors import LeattnError
+from leattn.prompt.positions import Place, place_of
 
 if TYPE_CHECKING:
     from leattn.prompt.compiled import CompiledPrompt
@@ -23,7 +25,9 @@ Groups: TypeAlias = Sequence[tuple[Sequence[int], Reading]]
 """Groups of what a node sees, as indices into the list of that, and how each is read."""
 
 
-def node_key(fingerprint: bytes, ids: Any, seen: Sequence[tuple[bytes, int]], start: int | None, groups: Groups = ()) -> bytes:
+def node_key(
+    fingerprint: bytes, ids: Any, seen: Sequence[tuple[bytes, Position]], place: Place, *, absolute: bool, groups: Groups = ()
+) -> bytes:
     """The key of one node, 32 bytes.
 
     Parameters
@@ -31,12 +35,12 @@ def node_key(fingerprint: bytes, ids: Any, seen: Sequence[tuple[bytes, int]], st
     fingerprint
         Of the model, :func:`leattn.kv.fingerprint.fingerprint`.
     ids
-        The node's token ids, ``[n]``. Inside a node positions count by one.
+        The node's token ids, ``[n]``.
     seen
         For each node it sees, in any order, that node's key and its first position minus this node's first position. A
         multiset: two equal siblings count twice.
-    start
-        The node's first position where its keys hold at that position only; None where they can be shifted.
+    place
+        Where its tokens stand: how far apart and, where its keys hold at that position only (``absolute``), from where on.
     groups
         What of ``seen``, by index, the node reads in another way than as it is.
 
@@ -47,9 +51,9 @@ def node_key(fingerprint: bytes, ids: Any, seen: Sequence[tuple[bytes, int]], st
 
     Examples
     --------
-    >>> a = node_key(b"model", [5, 6], [], None)
-    >>> b = node_key(b"model", [7], [(a, -2)], None)
-    >>> b == node_key(b"model", [7], [(a, -3)], None)
+    >>> a = node_key(b"model", [5, 6], [], Place(0), absolute=False)
+    >>> b = node_key(b"model", [7], [(a, -2)], Place(2), absolute=False)
+    >>> b == node_key(b"model", [7], [(a, -3)], Place(3), absolute=False)
     False
     """
     for key, _ in seen:
@@ -58,9 +62,10 @@ def node_key(fingerprint: bytes, ids: Any, seen: Sequence[tuple[bytes, int]], st
                 f"a key has {KEY_BYTES} bytes, but one of the seen nodes came with {len(key)}; use node_key's own"
             )
     ordered = sorted(seen)
-    distances = np.array([distance for _, distance in ordered], dtype="<i8")
+    distances = np.array([distance for _, distance in ordered], dtype="<f8")
     read = [([seen[i] for i in members], reading) for members, reading in groups]
-    return _hash(fingerprint, np.asarray(ids, dtype="<i8"), b"".join(key for key, _ in ordered), distances, start, read)
+    start = place.start if absolute else None
+    return _hash(fingerprint, np.asarray(ids, "<i8"), b"".join(key for key, _ in ordered), distances, start, place.apart, read)
 
 
 def prompt_keys(prompt: CompiledPrompt, fingerprint: bytes, *, shifting: bool) -> list[bytes]:
@@ -80,26 +85,29 @@ def prompt_keys(prompt: CompiledPrompt, fingerprint: bytes, *, shifting: bool) -
     """
     bounds = np.asarray(prompt.offsets)
     ids = prompt.input_ids[0].cpu().numpy()
-    starts = prompt.position_ids[0].cpu().numpy()[bounds[:-1]].astype("<i8")
+    positions = prompt.position_ids[0].cpu().numpy()
+    starts = positions[bounds[:-1]].astype("<f8")
     count = len(bounds) - 1
+    apart = {i: place_of(positions[bounds[i] : bounds[i + 1]].tolist()).apart for i in _not_by_one(positions, bounds)}
     keys: list[bytes] = []
     known = np.zeros((count, KEY_BYTES), np.uint8)
     # Distances from one node sort as first positions do. So the nodes are kept sorted once for all, and what a node sees is
     # picked out in that order: 1000 nodes that each see all before take milliseconds, not half a million comparisons.
-    ordered: list[tuple[bytes, int, int]] = []
+    ordered: list[tuple[bytes, float, int]] = []
     order = np.zeros(0, np.int64)
     for i in range(count):
         visible = np.zeros(count, bool)
         for first, last in prompt.visible.runs[i]:
             visible[first:last] = True
         seen = order[visible[order]]
-        start = int(starts[i])
+        start = float(starts[i])
         tokens = ids[bounds[i] : bounds[i + 1]].astype("<i8")
         read = [
-            ([(keys[j], int(starts[j]) - start) for first, last in runs for j in range(first, last)], reading)
+            ([(keys[j], float(starts[j]) - start) for first, last in runs for j in range(first, last)], reading)
             for runs, reading in prompt.visible.readings.get(i, ())
         ]
-        key = _hash(fingerprint, tokens, known[seen].tobytes(), starts[seen] - start, None if shifting else start, read)
+        held = None if shifting else start
+        key = _hash(fingerprint, tokens, known[seen].tobytes(), starts[seen] - start, held, apart.get(i), read)
         keys.append(key)
         known[i] = np.frombuffer(key, np.uint8)
         entry = (key, start, i)
@@ -109,21 +117,29 @@ def prompt_keys(prompt: CompiledPrompt, fingerprint: bytes, *, shifting: bool) -
     return keys
 
 
+def _not_by_one(positions: npt.NDArray[Any], bounds: npt.NDArray[np.int64]) -> list[int]:
+    """The nodes whose tokens do not count by one."""
+    uneven = np.flatnonzero(np.diff(positions) != 1) + 1
+    inside = np.setdiff1d(uneven, bounds)
+    return sorted(set((np.searchsorted(bounds, inside, side="right") - 1).tolist()))
+
+
 def _hash(
     fingerprint: bytes,
     ids: npt.NDArray[np.int64],
     keys: bytes,
-    distances: npt.NDArray[np.int64],
-    start: int | None,
-    read: Sequence[tuple[list[tuple[bytes, int]], Reading]],
+    distances: npt.NDArray[np.float64],
+    start: Position | None,
+    apart: Sequence[Position] | None,
+    read: Sequence[tuple[list[tuple[bytes, float]], Reading]],
 ) -> bytes:
     """All lengths come before what they measure, so that no two inputs are written alike."""
-    absolute = start is not None
-    head = np.array([len(fingerprint), len(ids), len(distances), absolute, start or 0], dtype="<i8")
+    head = np.array([len(fingerprint), len(ids), len(distances), start is not None, apart is not None], dtype="<i8")
     digest = hashlib.blake2b(head.tobytes(), digest_size=KEY_BYTES, person=b"leattn-kv-node")
+    digest.update(np.array([start or 0, *(apart or ())], dtype="<f8").tobytes())
     for part in (fingerprint, ids.tobytes(), keys, distances.tobytes()):
         digest.update(part)
-    if read:  # a node that reads everything as it is has the key that it always had
+    if read:
         digest.update(repr(sorted((sorted(members), _spelled(reading)) for members, reading in read)).encode())
     return digest.digest()
 

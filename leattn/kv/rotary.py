@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leattn.dag.node import Position
 from leattn.errors import BackendError
 from leattn.kv.certify import certificate
 from leattn.kv.entry import NodeKV
-from leattn.model.turns import Angles, Turn
+from leattn.model.turns import Angles, Turn, positions_from
 
 
-def shifted(model: Any, kv: NodeKV, start: int) -> NodeKV:
+def shifted(model: Any, kv: NodeKV, start: Position) -> NodeKV:
     """The keys and values of the same node where it, and all that it sees, stand ``start - kv.start`` positions further on.
 
     Computed in fp32 and rounded once. At its own position the same object comes back; otherwise what needs no turning (values,
@@ -49,7 +50,7 @@ def shifted(model: Any, kv: NodeKV, start: int) -> NodeKV:
     turns = certified.turns
     angles: dict[Any, Angles] = {}
     steps = torch.arange(len(kv), device=kv.keys[0].device)
-    old, new = steps + kv.start, steps + start
+    old, new = positions_from(kv.start, steps), positions_from(start, steps)
 
     def moved(tensors: tuple[Tensor, ...], how: Sequence[Turn | None]) -> tuple[Tensor, ...]:
         result = list(tensors)

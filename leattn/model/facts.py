@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -77,7 +78,7 @@ class Facts:
         """
         fed = max(0, new_tokens - 1)
         for prompt in prompts:
-            last = max(int(prompt.position_ids.max()), int(prompt.position_ids[0, -1]) + fed)
+            last = math.ceil(max(prompt.position_ids.max().item(), prompt.position_ids[0, -1].item() + fed))
             which = f"the last position is {last}" + (f" with {new_tokens} new tokens" if new_tokens else "")
             self.check_last_position(last, which)
             self.check_length(len(prompt) + fed)

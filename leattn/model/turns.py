@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from leattn.dag.node import Position
 from leattn.errors import BackendError
 from leattn.model.record import Model
 
@@ -78,6 +79,11 @@ class Turn:
         result = tensor.clone()
         result[..., where] = turned
         return result
+
+
+def positions_from(start: Position, steps: Tensor) -> Tensor:
+    """Positions ``[n]`` that are whole ``steps`` from one, as a model takes them: whole numbers, or float32."""
+    return steps + start if isinstance(start, int) else (steps.double() + start).float()
 
 
 def possible_turns(record: Model, index: int) -> list[Turn]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -185,7 +186,7 @@ def paraphrase_ensemble(
     if prompt.tokenizer is None and sampling.stop:
         raise LeattnError("stop strings are text, and there is no tokenizer to decode with; give one, or use eos_token_id")
     sinks = [prompt.graph.index[sink] for sink in prompt.graph.sinks]
-    ends = [int(prompt.position_ids[0, prompt.offsets[i + 1] - 1]) for i in sinks]
+    ends = [math.ceil(prompt.position_ids[0, prompt.offsets[i + 1] - 1].item()) for i in sinks]
     limit = sampling.limit({}, len(prompt))
     if not limit:
         raise LeattnError(f"max_length leaves no token to write after a graph of {len(prompt)} tokens; use max_new_tokens")

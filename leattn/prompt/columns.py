@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,13 +46,13 @@ class Row:
         self,
         visible: Visible,
         offsets: Sequence[int] = (0,),
-        positions: npt.NDArray[np.int64] | None = None,
+        positions: npt.NDArray[Any] | None = None,
         continuation: int | None = None,
         ids: Tensor | None = None,
     ) -> None:
         self.visible, self.offsets, self.continuation, self.ids = visible, offsets, continuation, ids
         self.length = offsets[-1]
-        self._positions = np.zeros(0, np.int64) if positions is None else positions
+        self._positions: npt.NDArray[Any] = np.zeros(0, np.int64) if positions is None else positions
         self._pieces: list[tuple[int, int, int]] = []  # start, stop, node: what was appended, in order of columns
         self._runs: dict[int, list[Run]] = {}  # the columns of appended nodes
         self._seen: dict[int, tuple[Run, ...]] = {}
@@ -62,12 +63,13 @@ class Row:
         """Columns before the first node."""
         return self.offsets[0]
 
-    def append(self, node: int, start: int, count: int) -> None:
-        """Columns for the next ``count`` tokens of a node, the first of them at position ``start``."""
-        stop = self.length + count
+    def append(self, node: int, positions: npt.NDArray[Any]) -> None:
+        """Columns for the next tokens of a node, which stand at these positions, ``[n]``."""
+        stop = self.length + len(positions)
         if stop > len(self._positions):
             self._positions = np.resize(self._positions, max(1024, 2 * stop))
-        self._positions[self.length : stop] = np.arange(start, start + count)
+        self._positions = self._positions.astype(np.result_type(self._positions, positions), copy=False)
+        self._positions[self.length : stop] = positions
         self._pieces.append((self.length, stop, node))
         runs = self._runs.setdefault(node, [])
         if runs and runs[-1][1] == self.length:
@@ -96,11 +98,10 @@ class Row:
         positions = self._positions[columns]
         self._pieces, self._runs, self._seen, self._readings, self.length = [], {}, {}, {}, 0
         for start, stop, node in pieces:
-            self.append(node, 0, stop - start)
-        self._positions[: self.length] = positions
+            self.append(node, positions[self.length : self.length + stop - start])
         return columns
 
-    def positions(self, columns: range) -> npt.NDArray[np.int64]:
+    def positions(self, columns: range) -> npt.NDArray[Any]:
         """Positions of some columns; generated ones count on."""
         held = self._positions[columns.start : min(columns.stop, self.length)]
         new = range(max(columns.start, self.length), columns.stop)
@@ -214,6 +215,11 @@ class Columns:
         groups = (group for row in self.rows for groups in row.visible.readings.values() for group in groups)
         return tuple(dict.fromkeys(reading for _, reading in groups))
 
+    @property
+    def are_whole(self) -> bool:
+        """Whether all positions are whole numbers."""
+        return all(row.positions(range(row.length)).dtype.kind == "i" for row in self.rows)
+
     @cached_property
     def seen_bits(self) -> Tensor:
         """One bit per pair of nodes, ``[P, N, ceil(N / 32)]`` int32: row i has those that node i sees, lowest bit first."""
@@ -238,13 +244,13 @@ class Columns:
         return rows // len(self.rows)
 
     def positions(self, columns: range) -> Tensor:
-        """Positions of some columns, ``[P, n]``."""
+        """Positions of some columns, ``[P, n]``: whole numbers, or float64."""
         return torch.from_numpy(np.stack([row.positions(columns) for row in self.rows])).to(self.device)
 
-    @property
-    def position_ids(self) -> Tensor:
-        """Positions of the prompts, ``[P, S]``; padding has 0."""
-        return self.positions(range(self.width))
+    def position_ids(self, columns: range) -> Tensor:
+        """Positions of some columns as a model takes them, ``[P, n]``: whole numbers, or float32."""
+        positions = self.positions(columns)
+        return positions.float() if positions.is_floating_point() else positions
 
     def stretches(self, queries: range) -> list[list[Stretch]]:
         """Those of each row."""

@@ -15,7 +15,7 @@ from leattn.dag.node import ICLNode
 from leattn.dag.tokens import tokenize_all
 from leattn.errors import CompileError, LeattnError
 from leattn.prompt.compiled import CompiledPrompt
-from leattn.prompt.positions import Positions, start_positions
+from leattn.prompt.positions import Positions, token_positions
 from leattn.prompt.visible import Visibility, visible_relation
 
 if TYPE_CHECKING:
@@ -39,7 +39,9 @@ def compile_prompt(
         Needed if any node holds text.
     positions
         ``"after_parents"``: a node starts at the furthest end among the nodes it sees. ``"sequential"``: the index in the
-        layout. ``"restart"``: every node at 0. Or a callable ``(graph, {node: tokens}) → starts``. Pins on nodes win.
+        layout. ``"restart"``: every node at 0. ``"equilibrium"``: every path of a fork is stretched so that all end together
+        (Merth et al., arXiv 2404.06910), which takes rotary positions. Or a callable ``(graph, {node: tokens}) → starts``, one
+        number per node or one per token. Pins on nodes win.
     visibility
         ``"parents"``: a token sees its node up to itself and all of the direct parents. ``"ancestors"``: all of all
         ancestors.
@@ -71,9 +73,8 @@ def compile_prompt(
     ids = tokenize_all(graph.nodes, tokenizer)
     lengths = [len(node_ids) for node_ids in ids]
     visible = visible_relation(graph, visibility)
-    starts = start_positions(graph, lengths, visible, positions)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    position_ids = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+    position_ids = token_positions(graph, lengths, visible, positions)
     flat = np.fromiter((token for node_ids in ids for token in node_ids), np.int64, int(offsets[-1]))
     return CompiledPrompt(
         graph=graph,

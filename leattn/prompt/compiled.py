@@ -38,8 +38,10 @@ class CompiledPrompt:
         What was compiled. Its node order is the layout.
     tokenizer
         As given; None if every node holds token ids.
-    input_ids, position_ids : LongTensor
-        ``[1, S]`` each. Positions need not grow along the layout: parallel siblings share them.
+    input_ids : LongTensor
+        ``[1, S]``.
+    position_ids : LongTensor, or in float64 where not all are whole numbers
+        ``[1, S]``. Positions need not grow along the layout: parallel siblings share them.
     offsets : tuple of int
         Node i of the layout holds the tokens ``offsets[i]`` to ``offsets[i + 1]``; N + 1 entries.
     visible : Visible
@@ -223,14 +225,16 @@ class CompiledPrompt:
                 "or give one last node the others as parents and cut those edges with without_edge"
             )
         last = self.graph.nodes[-1]
-        end = int(self.position_ids[0, -1]) + 1
+        end = self.position_ids[0, -1].item() + 1
         node = ICLNode(content, [*self.parents(last), last], id, start_pos_id=end)
         ids = torch.as_tensor(tokenize_all([node], self.tokenizer)[0], device=self.input_ids.device)
         return replace(
             self,
             graph=ICLGraph(*self.graph.sinks, node),
             input_ids=torch.cat([self.input_ids, ids[None]], 1),
-            position_ids=torch.cat([self.position_ids, torch.arange(end, end + len(ids), device=ids.device)[None]], 1),
+            position_ids=torch.cat(
+                [self.position_ids, (torch.arange(len(ids), device=ids.device) + end).to(self.position_ids)[None]], 1
+            ),
             offsets=(*self.offsets, self.offsets[-1] + len(ids)),
             visible=self.visible.continued(),
         )
@@ -277,8 +281,14 @@ class CompiledPrompt:
         return f"{count} node{'s' * (count != 1)}, {len(self)} tokens, density {self.density:.2f}"
 
     def _rows(self) -> list[tuple[str, ...]]:
-        starts = self.position_ids[0, list(self.offsets[:-1])].tolist()
-        return node_rows([self.graph.names[node] for node in self.graph.nodes], self.offsets, starts, self.visible)
+        bounds = np.asarray(self.offsets)
+        single = np.diff(bounds) == 1
+        first, other, last = (
+            self.position_ids[0, at].tolist() for at in (bounds[:-1], bounds[1:] - 2 + single, bounds[1:] - 1)
+        )
+        steps = zip(first, other, last, single.tolist(), strict=True)
+        places = [(start, end + (1 if is_one else end - before)) for start, before, end, is_one in steps]
+        return node_rows([self.graph.names[node] for node in self.graph.nodes], self.offsets, places, self.visible)
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,7 +324,7 @@ def columns_of(prompts: Sequence[CompiledPrompt], device: torch.device) -> Colum
     rows = []
     for prompt in prompts:
         padding = width - len(prompt)
-        positions = np.concatenate([np.zeros(padding, np.int64), prompt.position_ids[0].cpu().numpy()])
+        positions = np.pad(prompt.position_ids[0].cpu().numpy(), (padding, 0))
         offsets = [padding + offset for offset in prompt.offsets] if padding else prompt.offsets
         rows.append(Row(prompt.visible.continued(), offsets, positions, len(prompt.graph), prompt.input_ids[0]))
     return Columns(rows, device)

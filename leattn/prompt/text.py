@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from leattn.dag.node import Position
 from leattn.prompt.visible import Visible
 
 MAX_NODES = 48
@@ -13,7 +14,9 @@ MARKS = "▣▤▥▦▧▨▩"
 """Of groups that a node reads in another way, in turn."""
 
 
-def node_rows(names: Sequence[str], offsets: Sequence[int], starts: Sequence[int], visible: Visible) -> list[tuple[str, ...]]:
+def node_rows(
+    names: Sequence[str], offsets: Sequence[int], places: Sequence[tuple[Position, Position]], visible: Visible
+) -> list[tuple[str, ...]]:
     """Index, name, span, positions and blocks of each node; one cell for the nodes left out.
 
     ■ is seen, ⬚ is not; each group that is read in another way has a mark of its own, and behind the blocks stands which.
@@ -35,9 +38,13 @@ def node_rows(names: Sequence[str], offsets: Sequence[int], starts: Sequence[int
         blocks = "".join(marks.get(j, "■") if j in seen else "⬚" for j in range(count)) if small else ""
         for g, (_, reading) in enumerate(visible.readings.get(i, ())):
             blocks += f"  {MARKS[g % len(MARKS)]} {reading}"
-        name, positions = " ".join(names[i].split()) or "·", f"positions {starts[i]}:{starts[i] + end - start}"
+        name, positions = " ".join(names[i].split()) or "·", f"positions {_shown(places[i][0])}:{_shown(places[i][1])}"
         rows.append((str(i), name, f"tokens {start}:{end}", positions, blocks))
     return rows
+
+
+def _shown(position: Position) -> str:
+    return str(position) if isinstance(position, int) else f"{position:.2f}".rstrip("0").rstrip(".")
 
 
 def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
