@@ -118,9 +118,9 @@ def block_for(model: Any, record: Model, columns: Columns, backend: str | Backen
     """
     if columns.readings:
         check_readings(model, record, columns.readings)
+    block = chosen(model, record, columns, backend, user)
     if not columns.are_whole:
         check_real_positions(model, record)
-    block = chosen(model, record, columns, backend, user)
     if any(reading.shift for reading in columns.readings):
         block.turns = key_turns(model, record)
     return block
