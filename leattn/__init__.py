@@ -38,6 +38,8 @@ _HOMES = {
     "attention.request": ["Backend"],
     "generation.forward": ["forward", "warm"],
     "generation.generate": ["generate"],
+    "generation.score": ["score"],
+    "generation.scores": ["Scores"],
     "generation.result": ["Generation"],
     "compat.le_attention": [
         "upstream_nodes",
@@ -65,6 +67,7 @@ __all__ = [
     "KVStore",
     "LeattnError",
     "LeattnWarning",
+    "Scores",
     "analysis",
     "attend",
     "bos",
@@ -88,6 +91,7 @@ __all__ = [
     "prepare_inputs",
     "print_dag",
     "read",
+    "score",
     "split_text",
     "tiny",
     "training",
@@ -125,6 +129,8 @@ if TYPE_CHECKING:
     from leattn.generation.forward import forward, warm
     from leattn.generation.generate import generate
     from leattn.generation.result import Generation
+    from leattn.generation.score import score
+    from leattn.generation.scores import Scores
     from leattn.kv.store import KVStore
     from leattn.prompt.compile import compile_prompt
     from leattn.prompt.compiled import CompiledPrompt

@@ -16,7 +16,8 @@ PACKAGE = Path(leattn.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = [
-    ["errors", "table"],
+    ["errors"],
+    ["table"],
     ["dag"],
     ["prompt"],
     ["model"],

@@ -8,11 +8,10 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
-from leattn.analysis.table import data_frame, text_table
 from leattn.errors import LeattnError, choices
 from leattn.interventions.scores import Mode, Shift
 from leattn.prompt.compiled import CompiledPrompt
-from leattn.table import html_table
+from leattn.table import data_frame, html_table, text_table
 
 Method: TypeAlias = Literal["suppress_nodes", "cut_nodes", "cut_edges", "suppress_tokens"]
 METHODS: tuple[Method, ...] = get_args(Method)

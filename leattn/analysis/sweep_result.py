@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from leattn.analysis.table import data_frame, text_table
 from leattn.errors import LeattnError, choices
-from leattn.table import html_table
+from leattn.table import data_frame, html_table, text_table
 
 UNTOUCHED = "untouched"
 """The operation of a sweep's baseline rows."""

@@ -153,5 +153,5 @@ def warm(
         missing = [i for i in every if not work.is_stored(i)]
         bar.update(len(every) - len(missing))
         work.place(missing, compute=missing)
-        for feeds in work.run(WARM):
-            bar.update(len(feeds))
+        for fed in work.run(WARM):
+            bar.update(len(fed))

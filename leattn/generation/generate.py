@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, overload
 
 from transformers import PreTrainedTokenizerBase
 
 from leattn.attention.backends import named, unfit
 from leattn.attention.request import Backend
-from leattn.dag.gennode import GenNode
-from leattn.dag.graph import ICLGraph, as_graph
-from leattn.dag.node import ICLNode
 from leattn.errors import BackendError, LeattnError
-from leattn.generation.program import is_program
+from leattn.generation.options import HARMLESS, Options
+from leattn.generation.program import build, is_program
 from leattn.generation.result import Generation
+from leattn.generation.session import is_intervened
 from leattn.generation.sink import continue_sinks
+from leattn.generation.targets import Target, reader_of, ready
 from leattn.generation.together import OnInterrupt, write_together
 from leattn.kv.store import KVStore
 from leattn.model.record import Model
-from leattn.prompt.compile import compile_prompt, read_by
 from leattn.prompt.compiled import CompiledPrompt
-from leattn.prompt.positions import Positions, scheme_of
+from leattn.prompt.positions import Positions
 from leattn.prompt.visible import Visibility
 
-Target: TypeAlias = CompiledPrompt | ICLGraph | ICLNode
+SHARED = 0.1
+"""The share of a list's tokens that have to be equal to others for it to be worth a program."""
 OURS = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids")
 
 
@@ -62,8 +62,9 @@ def generate(
     model
         A transformers model with ``generate``.
     target
-        A compiled prompt, a graph or a node; a list of them is a batch and gives a list. Programs in a list run in one
-        sequence and share the nodes that they have in common.
+        A compiled prompt, a graph or a node; a list of them is a batch and gives a list. What several of them have in common,
+        nodes of the same tokens that see the same in the same place, is computed once: such a list runs as one program, unless
+        it is sampled from, or asked for what a program cannot do.
     tokenizer
         To compile with, and to read what is written: texts and stop strings. The one given here counts, also for a prompt that
         was compiled from ids or with another one; for None a compiled prompt's own, or, where it has none, that of the first
@@ -108,7 +109,7 @@ def generate(
     Examples
     --------
     >>> import leattn
-    >>> from leattn import GenNode, ICLNode
+    >>> from leattn import GenNode, ICLGraph, ICLNode
     >>> model, tokenizer = leattn.tiny.load()
     >>> result = leattn.generate(model, ICLNode("The capital of"), tokenizer, max_new_tokens=3)
     >>> result.stats.generated <= 3
@@ -135,23 +136,8 @@ def generate(
         cannot = "{} cannot follow a graph" if is_auto else "backend {!r} cannot run this model"
         who = cannot.format(type(model).__name__ if is_auto else named(backend).name)
         raise BackendError(f"{who}: {reason}")
-    reader = tokenizer
-    if reader is None:
-        own = (item.tokenizer for item in targets if isinstance(item, CompiledPrompt))
-        reader = next((one for one in own if one is not None), None)
-    prompts: list[CompiledPrompt | ICLGraph] = []
-    for item in targets:
-        graph = item if isinstance(item, CompiledPrompt) else as_graph(item)
-        if isinstance(graph, ICLGraph) and not any(isinstance(node, GenNode) for node in graph.nodes):
-            if len(graph.sinks) > 1 and scheme_of(positions).branches_collide:
-                raise LeattnError(
-                    f"with positions={positions!r} the {len(graph.sinks)} sinks of a graph would go on at each other's "
-                    "positions; use 'after_parents', or compile and generate each sink by itself"
-                )
-            graph = compile_prompt(graph, reader, positions=positions, visibility=visibility)
-        if isinstance(graph, CompiledPrompt) and (tokenizer is not None or graph.tokenizer is None):
-            graph = read_by(graph, reader)
-        prompts.append(graph)
+    reader = reader_of(targets, tokenizer)
+    prompts = [ready(item, reader, tokenizer is not None, positions, visibility) for item in targets]
 
     for_programs = {
         "on_finished": on_finished,
@@ -159,7 +145,9 @@ def generate(
         "token_budget": token_budget,
         "on_interrupt": on_interrupt,
     }
-    if any(is_program(prompt) for prompt in prompts) or (kv_store is not None and len(prompts) > 1):
+    single = [prompt for prompt in prompts if isinstance(prompt, CompiledPrompt) and not is_program(prompt)]
+    together = len(single) < len(prompts) or (len(prompts) > 1 and kv_store is not None)
+    if together or (streamer is None and _worth_sharing(model, single, reader, backend, hf_generate_kwargs)):
         results = write_together(
             model,
             prompts,
@@ -179,8 +167,31 @@ def generate(
                 raise LeattnError(f"{name} is for programs; a graph with one sink and no GenNode is continued by transformers")
         if streamer is not None:
             hf_generate_kwargs["streamer"] = streamer
-        single = [prompt for prompt in prompts if isinstance(prompt, CompiledPrompt)]
         results = continue_sinks(
             model, single, reader, backend=backend, kv_store=kv_store, seed=seed, options=hf_generate_kwargs
         )
     return results if is_batch else results[0]
+
+
+def _worth_sharing(
+    model: Any,
+    prompts: Sequence[CompiledPrompt],
+    reader: Any,
+    backend: str | Backend,
+    options: Mapping[str, Any],
+) -> bool:
+    """Whether a list of prompts has nodes in common, and may run as one program in which they are computed once."""
+    if backend not in ("auto", "sparse") or not {"generation_config"}.issuperset(set(options) & set(HARMLESS)):
+        return False  # whoever looks at tokens as they come looks at a batch
+    record = Model.of(model)
+    if is_intervened(record) or record.facts.cached_beside is not None:
+        return False
+    program, _ = build(prompts, reader)
+    tokens = sum(map(len, prompts))
+    if tokens - sum(len(unit.ids) for unit in program.units) < SHARED * tokens:
+        return False
+    try:
+        config = Options(model, options, "a program").config
+    except LeattnError:  # transformers can do more, or says itself what it cannot
+        return False
+    return not config.do_sample

@@ -1,11 +1,11 @@
 """What a graph asks of the model, as a list: nodes to compute, nodes to write, who sees whom, and where they start.
 
-Several graphs become one program, in one sequence: a node that two of them share, seeing the same, is computed once.
+Several graphs become one program, in one sequence: what is equal in two of them is computed once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -45,7 +45,7 @@ class Program:
         self.units: list[Unit] = []
         self._runs: list[tuple[Run, ...]] = []
         self._readings: dict[int, Readings] = {}
-        self._known: dict[tuple[ICLNode, Place | None, tuple[Run, ...], Readings], int] = {}
+        self._equal: dict[Hashable, list[int]] = {}
 
     @cached_property
     def visible(self) -> Visible:
@@ -123,43 +123,56 @@ class Program:
                 limit, stop, sampling = node.max_new_tokens, node.stop, node.sampling
                 unit = replace(unit, writes=True, max_new_tokens=limit, stop=stop, sampling=sampling)
                 branches[name] = i
-            units.append(self._unit(node, unit, mapped, _read(visible, i, units)))
+            units.append(self._unit(node, unit, mapped, _read(visible, i, units), units))
         return Part(graph, None, {name: units[i] for name, i in branches.items()})
 
     def add_prompt(self, prompt: CompiledPrompt) -> Part:
         """All sinks go on: each gets a continuation, which sees the sink and what that sees."""
-        graph, offsets = prompt.graph, prompt.offsets
+        units, names = self.add_nodes(prompt), prompt.graph.names
+        branches = {names[sink]: self.add_continuation(prompt, sink, units) for sink in prompt.graph.sinks}
+        return Part(prompt.graph, prompt, branches)
+
+    def add_nodes(self, prompt: CompiledPrompt) -> list[int]:
+        """The units of a prompt's nodes, in layout order."""
+        offsets = prompt.offsets
         ids, positions = prompt.input_ids[0].tolist(), prompt.position_ids[0].tolist()
         units: list[int] = []
-        for i, node in enumerate(graph.nodes):
+        for i, node in enumerate(prompt.graph.nodes):
             span = slice(offsets[i], offsets[i + 1])
-            unit = Unit(graph.names[node], tuple(ids[span]), place_of(positions[span]))
-            units.append(self._unit(node, unit, _mapped(prompt.visible.runs[i], units), _read(prompt.visible, i, units)))
-        branches = {}
-        for sink in graph.sinks:
-            i = graph.index[sink]
-            follows = units[i]
-            branches[graph.names[sink]] = len(self.units)
-            if follows in self._readings:
-                self._readings[len(self.units)] = self._readings[follows]
-            after = Place(positions[offsets[i + 1] - 1] + 1)
-            self.units.append(Unit(graph.names[sink], (), after, writes=True, follows=follows))
-            self._runs.append(merge([*self._runs[follows], (follows, follows + 1)]))
-        return Part(graph, prompt, branches)
+            unit = Unit(prompt.graph.names[node], tuple(ids[span]), place_of(positions[span]))
+            units.append(self._unit(node, unit, _mapped(prompt.visible.runs[i], units), _read(prompt.visible, i, units), units))
+        return units
+
+    def add_continuation(self, prompt: CompiledPrompt, sink: ICLNode, units: Sequence[int]) -> int:
+        """A unit that goes on from a sink, given the ``units`` of the prompt's nodes: it sees and reads what that does."""
+        follows = units[prompt.graph.index[sink]]
+        after = Place(prompt.position_ids[0, prompt.spans[sink][1] - 1].item() + 1)
+        if follows in self._readings:
+            self._readings[len(self.units)] = self._readings[follows]
+        self.units.append(Unit(prompt.graph.names[sink], (), after, writes=True, follows=follows))
+        self._runs.append(merge([*self._runs[follows], (follows, follows + 1)]))
+        return len(self.units) - 1
 
     def _end(self, i: int) -> Position | None:
         unit = self.units[i]
         return None if unit.writes or unit.place is None else unit.place.end(len(unit.ids))
 
-    def _unit(self, node: ICLNode, unit: Unit, runs: tuple[Run, ...], readings: Readings) -> int:
-        """The index of this unit: the one at hand if another target has the same node, reading the same, in the same place."""
-        known = self._known.setdefault((node, unit.place, runs, readings), len(self.units))
-        if known == len(self.units):
-            self.units.append(unit)
-            self._runs.append(runs)
-            if readings:
-                self._readings[known] = readings
-        return known
+    def _unit(self, node: ICLNode, unit: Unit, runs: tuple[Run, ...], readings: Readings, taken: Collection[int]) -> int:
+        """The index of this unit: that of an equal one of another target, which is not ``taken`` in this one.
+
+        Equal are nodes of the same tokens, in the same place, that see and read the same. Within one target two equal nodes are
+        two: who sees both sees everything twice. What is to be written is the same only if it is the same node.
+        """
+        equal = self._equal.setdefault((node if unit.writes else unit.ids, unit.place, runs, readings), [])
+        found = next((i for i in equal if i not in taken), None)
+        if found is not None:
+            return found
+        equal.append(len(self.units))
+        self.units.append(unit)
+        self._runs.append(runs)
+        if readings:
+            self._readings[equal[-1]] = readings
+        return equal[-1]
 
 
 @dataclass(frozen=True)

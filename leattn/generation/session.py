@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -55,9 +56,9 @@ def is_intervened(record: Model) -> bool:
 
 @contextmanager
 def session(
-    model: Any, record: Model, program: Program, *, backend: str | Backend, kv_store: KVStore | None
+    model: Any, record: Model, program: Program, *, backend: str | Backend, kv_store: KVStore | None, room: int | None = None
 ) -> Iterator[Session]:
-    """A model that follows a program, and the room to run it in.
+    """A model that follows a program, and a cache of ``room`` columns at first: enough for all that is known, if None.
 
     Raises
     ------
@@ -83,7 +84,7 @@ def session(
     parents = np.array([len(seen) for seen in program.sees])
     warn_of(model, record, program.visible, parents, lambda i: program.units[i].name)
     with follow(block), torch.no_grad():
-        yield Session(model, program, block, kv_store)
+        yield Session(model, program, block, kv_store, room)
 
 
 def check_store(model: Any, store: KVStore) -> None:
@@ -118,14 +119,14 @@ class Session:
         Tokens that went through the model, and tokens whose keys and values came from the store.
     """
 
-    def __init__(self, model: Any, program: Program, block: Block, store: KVStore | None) -> None:
+    def __init__(self, model: Any, program: Program, block: Block, store: KVStore | None, room: int | None) -> None:
         self.model, self.program, self.block, self.store = model, program, block, store
         if store is not None:
             self._fingerprint = in_this_context(fingerprint(model), block.columns.device)
             self._shifts = certificate(model).shift is None
         (self.row,) = block.columns.rows
         # Room for all contents and headers and a few tokens of each branch; more comes when it runs out.
-        self.arena = Arena(sum(len(unit.ids) + 64 * unit.writes for unit in program.units))
+        self.arena = Arena(sum(len(unit.ids) + 64 * unit.writes for unit in program.units) if room is None else room)
         self.ids: list[tuple[int, ...]] = [unit.ids for unit in program.units]
         self.fed = [0] * len(program.units)
         self.unfed: dict[int, int] = {}
@@ -182,16 +183,23 @@ class Session:
             if ids:
                 self.queue.append((i, ids))
 
-    def run(self, most: int | None = None) -> Iterator[list[Feed]]:
-        """Compute what is queued, ``most`` tokens per forward (at least one unit); yields what each of them fed."""
+    def run(self, most: int | None = None, last: Mapping[int, int] = MappingProxyType({})) -> Iterator[dict[int, Tensor]]:
+        """Compute what is queued, ``most`` tokens per forward (at least one unit).
+
+        Yields, for each forward, the units that it fed, and of each the logits ``[n, V]`` of the ``last`` n tokens asked for.
+        """
         while self.queue:
             feeds: list[Feed] = []
             room = most
             while self.queue and (not feeds or room is None or len(self.queue[0][1]) <= room):
                 feeds.append(Feed(*self.queue.popleft(), True))
                 room = None if room is None else room - len(feeds[-1].ids)
-            self.step(feeds, [])
-            yield feeds
+            ends = accumulate(len(feed.ids) for feed in feeds)
+            asked = [last.get(feed.unit, 0) for feed in feeds]
+            rows = [row for end, n in zip(ends, asked, strict=True) for row in range(end - n, end)]
+            output = self.step(feeds, rows)
+            logits = output.logits[0, : len(rows)] if rows else torch.zeros(0)
+            yield {feed.unit: part for feed, part in zip(feeds, logits.split(asked), strict=True)}
 
     def logits(self, last: Mapping[int, int]) -> Any:
         """The model's output for the last n tokens of each unit, side by side in the order given: ``logits`` ``[1, rows, V]``.

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-import networkx as nx
 import numpy as np
 import numpy.typing as npt
 
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 Shape: TypeAlias = "nx.DiGraph[int]"
 """The nodes of a graph by their place in the layout, and its edges."""
@@ -33,6 +35,8 @@ def equilibrium(graph: ICLGraph, lengths: dict[ICLNode, int]) -> list[npt.NDArra
     >>> compile_prompt(ICLNode([11], [short, long]), positions="equilibrium").position_ids[0].tolist()
     [0.0, 1.0, 2.0, 3.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0]
     """
+    import networkx as nx
+
     shape: Shape = nx.DiGraph()
     shape.add_nodes_from(range(len(graph)))
     shape.add_edges_from((graph.index[parent], i) for i, node in enumerate(graph.nodes) for parent in node.parents)
@@ -96,6 +100,8 @@ def _ends(nodes: Sequence[int], before: Callable[[int], Iterable[int]]) -> set[i
 
 def _between(graph: Shape, tokens: Sequence[int]) -> _Segment:
     """What lies between two nodes in series: paths side by side, or one piece that does not come apart."""
+    import networkx as nx
+
     parts = sorted(nx.weakly_connected_components(graph), key=min)
     if len(parts) == 1:
         return _entangled(graph, tokens)
