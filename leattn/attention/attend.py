@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +18,7 @@ from leattn.errors import LeattnError, choices
 from leattn.model.record import Model
 from leattn.prompt.columns import Columns
 from leattn.prompt.compiled import CompiledPrompt, columns_of
+from leattn.prompt.slots import text_of
 
 
 @contextmanager
@@ -74,10 +75,15 @@ def attend(
     attention = prepare(model, Model.of(model), prompts, backend=backend, mask=mask, mask_mode=mask_mode)
     if not attention.replaces:
         warn_of_roots(model, attention.record, attention.prompts)
-    around = innermost(attention.record)
-    enter = follow if around is None or around.reenter is None else around.reenter
-    with enter(attention):
+    with entered(attention):
         yield attention
+
+
+def entered(block: Block) -> AbstractContextManager[Block]:
+    """Open a block, with what an ``intervene`` around the current code asks for."""
+    around = innermost(block.record)
+    enter = follow if around is None or around.reenter is None else around.reenter
+    return enter(block)
 
 
 def prepare(
@@ -104,6 +110,7 @@ def prepare(
     user = None if mask is None else checked_mask(mask, columns)
     block = block_for(model, record, columns, backend, user)
     block.prompts = tuple(several)
+    block.texts = tuple(text_of(prompt, row) for row, prompt in enumerate(several))
     block.replaces = user is not None and mask_mode == "replace"
     return block
 

@@ -17,6 +17,7 @@ from leattn.dag.tokens import tokenize_all
 from leattn.errors import LeattnError
 from leattn.prompt.compiled import CompiledPrompt
 from leattn.prompt.positions import Positions, after_seen, given_starts, pinned_start, scheme_of
+from leattn.prompt.slots import Slots, Text, continued_name
 from leattn.prompt.visible import Readings, Run, Visibility, Visible, merge, visible_relation
 
 
@@ -46,6 +47,7 @@ class Program:
         self._runs: list[tuple[Run, ...]] = []
         self._readings: dict[int, Readings] = {}
         self._known: dict[tuple[ICLNode, int | None, tuple[Run, ...], Readings], int] = {}
+        self._targets: list[tuple[ICLGraph, Sequence[int], Mapping[str, int]]] = []
 
     @cached_property
     def visible(self) -> Visible:
@@ -70,6 +72,13 @@ class Program:
             direct = frozenset(j for j in seen if self.units[j].writes)
             waits.append(direct.union(*(waits[j] for j in seen)))
         return tuple(waits)
+
+    @cached_property
+    def texts(self) -> tuple[Text, ...]:
+        """The targets as operations see them, all in the one row."""
+        names = [unit.name if unit.follows is None else continued_name(unit.name) for unit in self.units]
+        slots = Slots(names, [len(unit.ids) for unit in self.units], self.written)
+        return tuple(Text(graph, 0, slots, place, new, grows=True) for graph, place, new in self._targets)
 
     def upwards(self, i: int) -> list[int]:
         """What unit i sees, what those see, and so on, ascending; itself not included."""
@@ -116,6 +125,7 @@ class Program:
                 unit = replace(unit, writes=True, max_new_tokens=limit, stop=stop, sampling=sampling)
                 branches[name] = i
             place.append(self._unit(node, unit, mapped, _read(visible, i, place)))
+        self._targets.append((graph, place, {}))
         return Part(graph, None, {name: place[i] for name, i in branches.items()})
 
     def add_prompt(self, prompt: CompiledPrompt) -> Part:
@@ -136,6 +146,7 @@ class Program:
                 self._readings[len(self.units)] = self._readings[follows]
             self.units.append(Unit(graph.names[sink], (), positions[offsets[i + 1] - 1] + 1, writes=True, follows=follows))
             self._runs.append(merge([*self._runs[follows], (follows, follows + 1)]))
+        self._targets.append((graph, place, {continued_name(name): i for name, i in branches.items()}))
         return Part(graph, prompt, branches)
 
     def _end(self, i: int) -> int | None:

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leattn.attention.attend import block_for
+from leattn.attention.attend import block_for, entered
 from leattn.attention.block import Block, innermost
-from leattn.attention.follow import follow
 from leattn.attention.request import Backend
 from leattn.attention.roots import warn_of
 from leattn.errors import BackendError, LeattnError
@@ -55,18 +54,15 @@ def is_intervened(record: Model) -> bool:
 def session(
     model: Any, record: Model, program: Program, *, backend: str | Backend, kv_store: KVStore | None
 ) -> Iterator[Session]:
-    """A model that follows a program, and the room to run it in.
+    """A model that follows a program, and the room to run it in; inside ``intervene``, with its operations and without a store.
 
     Raises
     ------
     BackendError
-        The model, or the backend, cannot follow a graph; an intervention is going on.
+        The model, or the backend, cannot follow a graph, or not with these operations.
     """
     if is_intervened(record):
-        raise BackendError(
-            "interventions follow the layout of one compiled prompt, and here tokens run in another order; leave the intervene "
-            "block first (what a program wrote compiles, as result.realised, to a prompt to intervene on)"
-        )
+        kv_store = None
     columns = Columns([Row(program.visible)], record.device)
     block = block_for(model, record, columns, backend)  # a model that follows no graph at all says so first
     beside = record.facts.cached_beside
@@ -78,7 +74,8 @@ def session(
         check_store(model, kv_store)
     parents = np.array([len(seen) for seen in program.sees])
     warn_of(model, record, program.visible, parents, lambda i: program.units[i].name)
-    with follow(block), torch.no_grad():
+    block.texts = program.texts
+    with entered(block), torch.no_grad():
         yield Session(model, program, block, kv_store)
 
 
