@@ -494,19 +494,17 @@ def test_a_block_without_a_prompt_has_nothing_to_call_the_model_with():
 )
 def test_what_a_program_cannot_know_is_refused_before_anything_runs(operation, words):
     model, forwards = shared_model("llama"), []
+    handle = model.register_forward_pre_hook(lambda *_: forwards.append(1))
     with intervene(model, None, [operation]), pytest.raises(LeattnError, match=words):
-        handle = model.register_forward_pre_hook(lambda *_: forwards.append(1))
-        try:
-            generate(model, two_rounds())
-        finally:
-            handle.remove()
+        generate(model, two_rounds())
+    handle.remove()
     assert not forwards
 
 
 def test_means_over_several_forwards_are_refused():
     model = shared_model("llama")
-    with intervene(model, None, [Average(1, ["middle", "last"])]):
-        with pytest.raises(BackendError, match="a token of 'middle' goes through the model in another forward"):
-            generate(model, two_rounds())
+    words = "a token of 'middle' goes through the model in another forward"
+    with intervene(model, None, [Average(1, ["middle", "last"])]), pytest.raises(BackendError, match=words):
+        generate(model, two_rounds())
     with intervene(model, None, [Average(1)]), pytest.raises(BackendError, match="a token_budget"):
         generate(model, sinks(), max_new_tokens=2, token_budget=12)

@@ -18,7 +18,6 @@ from leattn.errors import LeattnError, choices
 from leattn.model.record import Model
 from leattn.prompt.columns import Columns
 from leattn.prompt.compiled import CompiledPrompt, columns_of
-from leattn.prompt.slots import text_of
 
 
 @contextmanager
@@ -110,7 +109,6 @@ def prepare(
     user = None if mask is None else checked_mask(mask, columns)
     block = block_for(model, record, columns, backend, user)
     block.prompts = tuple(several)
-    block.texts = tuple(text_of(prompt, row) for row, prompt in enumerate(several))
     block.replaces = user is not None and mask_mode == "replace"
     return block
 

@@ -34,7 +34,7 @@ class Block:
     prompts
         What the columns hold; none for a program.
     texts
-        The prompts, or the targets of a program, as operations name their tokens.
+        The targets of a program, as operations name their tokens; none for prompts, which say that themselves.
     absent
         Why no forward can follow this block, for one that is there for the blocks inside it; None for all others.
     backends

@@ -140,9 +140,7 @@ def warm(
     """
     record = Model.of(model)
     if is_intervened(record):
-        raise BackendError(
-            "inside intervene a store is neither read nor written, so there is nothing to warm; leave the block first"
-        )
+        raise BackendError("inside intervene a store is neither read nor written, so none can be warmed; leave the block first")
     if isinstance(nodes, CompiledPrompt):
         prompt = nodes
     else:

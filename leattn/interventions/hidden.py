@@ -98,7 +98,7 @@ class Inject:
         count = 1  # entry 0 is nothing
         for place, value in self.states.items():
             vectors[place], first[place] = value[None] if value.dim() == 1 else value, count
-            count += len(vectors[place])
+            count += len(vectors[place]) if value.dim() else 0
         entries = [torch.zeros(text.slots.count, dtype=torch.long) for text in subject.texts]
         for p in checked_rows(self.rows, len(subject.texts)):
             for place, given in vectors.items():

@@ -22,6 +22,7 @@ from leattn.interventions.shown import Shown
 from leattn.model.record import Model
 from leattn.prompt.columns import Columns, Row
 from leattn.prompt.compiled import CompiledPrompt
+from leattn.prompt.slots import text_of
 from leattn.prompt.visible import Visible
 
 ABSENT = (
@@ -49,7 +50,8 @@ def intervene(
     SkipAttention and Suppress hold at every step.
 
     In a program, a node that the model writes is named like any other, and is its header and what is written; tokens have an
-    index up to the first header. What each operation does is what it does, by the same names, to the prompt of ``realised``.
+    index up to the first header. What continues a sink is called ``"… (continued)"``, as in ``realised``. What each operation
+    does is what it does, by the same names, to the prompt of ``realised``.
 
     Parameters
     ----------
@@ -116,7 +118,8 @@ def _applied(attention: Block, operations: tuple[Operation, ...], *, before: boo
     attention.operations = operations
     attention.reenter = partial(_applied, operations=operations, before=before)
     layers = record.layers
-    subject = Subject(attention.texts, attention.columns, len(layers), record.base.config.num_attention_heads)
+    texts = attention.texts or tuple(text_of(prompt, row) for row, prompt in enumerate(attention.prompts))
+    subject = Subject(texts, attention.columns, len(layers), record.base.config.num_attention_heads)
     bound = [operation.bind(subject) for operation in operations]
 
     def state(layer: int, like: torch.Tensor, call: Call | None = None) -> State:

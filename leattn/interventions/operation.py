@@ -65,7 +65,7 @@ class Subject:
     columns: Columns
     layers: int
     heads: int
-    _seen: dict[Any, Tokens] = field(default_factory=dict)
+    _seen: dict[tuple[int, range, int, torch.device], Tokens] = field(default_factory=dict)
 
     @property
     def grows(self) -> bool:
