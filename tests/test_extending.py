@@ -234,7 +234,7 @@ class Scale:
         selection = Selection.build(subject, self.tokens, rows=None)
 
         def edit(state, hidden):
-            chosen = selection.at(state.queries, state.repeats, hidden.device)[..., None]
+            chosen = selection.at(state.queries)[..., None]
             return torch.where(chosen, hidden * self.factor, hidden) if state.layer == self.layer else hidden
 
         return SimpleNamespace(edit=edit)
@@ -246,8 +246,8 @@ class Temperature:
     layer: int | None = None
 
     def bind(self, subject):
-        def scores(call, scores, visible):
-            assert scores.shape == (*call.query.shape[:3], call.key.shape[2])
+        def scores(state, scores, visible):
+            assert scores.shape == (*state.call.query.shape[:3], state.call.key.shape[2])
             return scores / self.temperature
 
         return SimpleNamespace(scores=scores, touches=lambda layer: self.layer in (None, layer))
@@ -258,7 +258,7 @@ class Damp:
     share: float
 
     def bind(self, subject):
-        return SimpleNamespace(attended=lambda layer, output: self.share * output if layer < subject.layers - 1 else output)
+        return SimpleNamespace(attended=lambda state, output: output * (self.share if state.layer < subject.layers - 1 else 1))
 
 
 def logits(model, prompt, operations, backend):

@@ -312,13 +312,3 @@ def test_positions_that_a_program_may_reach_are_checked_first():
 def test_token_ids_without_an_embedding_are_refused():
     with pytest.raises(LeattnError, match="node 'big' holds token id 5000"):
         generate(shared_model("llama"), GenNode([5000], id="big", max_new_tokens=2))
-
-
-def test_interventions_are_for_prompts():
-    model = shared_model("llama")
-    prompt = compile_prompt(ICLNode([1, 2, 3], id="a"))
-    with (
-        leattn.interventions.intervene(model, prompt, [leattn.interventions.Shuffle(0)]),
-        pytest.raises(LeattnError, match="interventions follow"),
-    ):
-        generate(model, branches())

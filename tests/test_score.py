@@ -210,3 +210,18 @@ def test_lists_of_prompts_share_what_is_equal_when_they_are_generated():
     assert generate(model, apart, max_new_tokens=2)[0].stats.computed == 3 * 12 + 3  # nothing to share: a batch
     store = KVStore()
     assert generate(model, targets, max_new_tokens=4, kv_store=store)[0].stats.computed == 15 + 3 * (3 + 3)
+
+
+def test_operations_hold():
+    """A document that weighs nothing is one that nobody sees."""
+    model, several = shared_model("llama"), items()
+    cut = []
+    for header, first, *demos, ask in several:
+        cut.append(ICLNode(ask.content, [header, *demos], "Q"))
+        assert first.id == "demo0"
+    expected = score(model, cut, CHOICES, progress=False).logprobs
+    operation = leattn.interventions.Suppress("demo0", 0.0, mode="weight", queries=["Q", "Q (continued)"])
+    with leattn.interventions.intervene(model, None, [operation]):
+        found = score(model, [nodes[-1] for nodes in several], CHOICES, progress=False).logprobs
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)

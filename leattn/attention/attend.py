@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -74,10 +74,15 @@ def attend(
     attention = prepare(model, Model.of(model), prompts, backend=backend, mask=mask, mask_mode=mask_mode)
     if not attention.replaces:
         warn_of_roots(model, attention.record, attention.prompts)
-    around = innermost(attention.record)
-    enter = follow if around is None or around.reenter is None else around.reenter
-    with enter(attention):
+    with entered(attention):
         yield attention
+
+
+def entered(block: Block) -> AbstractContextManager[Block]:
+    """Open a block, with what an ``intervene`` around the current code asks for."""
+    around = innermost(block.record)
+    enter = follow if around is None or around.reenter is None else around.reenter
+    return enter(block)
 
 
 def prepare(

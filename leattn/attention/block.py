@@ -18,6 +18,7 @@ from leattn.model import registry
 from leattn.model.record import Model
 from leattn.prompt.columns import Columns
 from leattn.prompt.compiled import CompiledPrompt
+from leattn.prompt.slots import Text
 
 
 @dataclass(eq=False, repr=False)
@@ -32,6 +33,10 @@ class Block:
     ----------
     prompts
         What the columns hold; none for a program.
+    texts
+        The targets of a program, as operations name their tokens; none for prompts, which say that themselves.
+    absent
+        Why no forward can follow this block, for one that is there for the blocks inside it; None for all others.
     backends
         Those that may serve, best first: one where the user named it.
     serves
@@ -56,6 +61,8 @@ class Block:
     columns: Columns
     backends: Sequence[Backend]
     prompts: tuple[CompiledPrompt, ...] = ()
+    texts: tuple[Text, ...] = ()
+    absent: str | None = None
     serves: Callable[[Backend], bool] = lambda _: True
     native: bool = False
     needs: frozenset[Need] = frozenset()
@@ -89,9 +96,21 @@ class Block:
     @property
     def inputs(self) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask`` and ``position_ids``, ``[P, S]`` each, padded on the left."""
+        self.check_followed()
         columns = self.columns
         positions = columns.position_ids(range(columns.width))
         return {"input_ids": columns.input_ids, "attention_mask": columns.attention_mask, "position_ids": positions}
+
+    def check_followed(self) -> None:
+        """Refuse to run where there is no prompt to follow.
+
+        Raises
+        ------
+        BackendError
+            See ``absent``.
+        """
+        if self.absent is not None:
+            raise BackendError(self.absent)
 
     def decide(self, needs: frozenset[Need]) -> Backend:
         """The backend for a forward that asks for this.

@@ -120,6 +120,7 @@ def _before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
             "this model is following a graph in another thread or context, and this call belongs to none; it would run plain "
             "causal. Use leattn.generate, or open `with leattn.attend(...)` in this thread too"
         )
+    block.check_followed()
     record = block.record
     if record.runs_on != block.implementation:
         raise BackendError(f"the model was switched to {record.runs_on!r} inside attend; leave the block first")

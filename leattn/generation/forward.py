@@ -13,7 +13,7 @@ from leattn.attention.attend import attend
 from leattn.attention.request import Backend, MaskMode
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode
-from leattn.errors import LeattnError
+from leattn.errors import BackendError, LeattnError
 from leattn.generation.program import build
 from leattn.generation.session import is_intervened, session
 from leattn.kv.store import KVStore
@@ -126,7 +126,7 @@ def warm(
     Raises
     ------
     LeattnError
-        As ``compile_prompt`` and ``forward`` do.
+        As ``compile_prompt`` and ``forward`` do; inside ``intervene``.
 
     Examples
     --------
@@ -138,11 +138,13 @@ def warm(
     >>> len(store)
     2
     """
+    record = Model.of(model)
+    if is_intervened(record):
+        raise BackendError("inside intervene a store is neither read nor written, so none can be warmed; leave the block first")
     if isinstance(nodes, CompiledPrompt):
         prompt = nodes
     else:
         prompt = compile_prompt(nodes, tokenizer, positions=positions, visibility=visibility)
-    record = Model.of(model)
     record.facts.check_positions([prompt])
     program, _ = build([prompt], prompt.tokenizer)
     every = range(len(prompt.graph))

@@ -17,6 +17,7 @@ from leattn.dag.tokens import tokenize_all
 from leattn.errors import LeattnError
 from leattn.prompt.compiled import CompiledPrompt
 from leattn.prompt.positions import Place, Positions, after_seen, given_places, pinned_start, place_of, scheme_of
+from leattn.prompt.slots import Slots, Text, continued_name
 from leattn.prompt.visible import Readings, Run, Visibility, Visible, merge, visible_relation
 
 
@@ -39,13 +40,19 @@ class Unit:
 
 
 class Program:
-    """Units in an order in which each comes after those it sees, and the visible relation. Targets are added first."""
+    """Units in an order in which each comes after those it sees, and the visible relation. Targets are added first.
 
-    def __init__(self) -> None:
+    With ``by_node`` only what is the same node is the same in two targets, so that what is done to one of them by name is not
+    done to another.
+    """
+
+    def __init__(self, *, by_node: bool = False) -> None:
+        self._by_node = by_node
         self.units: list[Unit] = []
         self._runs: list[tuple[Run, ...]] = []
         self._readings: dict[int, Readings] = {}
         self._equal: dict[Hashable, list[int]] = {}
+        self._targets: list[tuple[ICLGraph, Sequence[int], dict[str, list[int]]]] = []
 
     @cached_property
     def visible(self) -> Visible:
@@ -76,6 +83,13 @@ class Program:
             direct = frozenset(j for j in seen if self.units[j].writes)
             waits.append(direct.union(*(waits[j] for j in seen)))
         return tuple(waits)
+
+    @cached_property
+    def texts(self) -> tuple[Text, ...]:
+        """The targets as operations see them, all in the one row."""
+        names = [unit.name if unit.follows is None else continued_name(unit.name) for unit in self.units]
+        slots = Slots(names, [len(unit.ids) for unit in self.units], self.written)
+        return tuple(Text(graph, 0, slots, place, new, grows=True) for graph, place, new in self._targets)
 
     def upwards(self, i: int) -> list[int]:
         """What unit i sees, what those see, and so on, ascending; itself not included."""
@@ -124,6 +138,7 @@ class Program:
                 unit = replace(unit, writes=True, max_new_tokens=limit, stop=stop, sampling=sampling)
                 branches[name] = i
             units.append(self._unit(node, unit, mapped, _read(visible, i, units), units))
+        self._targets.append((graph, units, {}))
         return Part(graph, None, {name: units[i] for name, i in branches.items()})
 
     def add_prompt(self, prompt: CompiledPrompt) -> Part:
@@ -141,17 +156,20 @@ class Program:
             span = slice(offsets[i], offsets[i + 1])
             unit = Unit(prompt.graph.names[node], tuple(ids[span]), place_of(positions[span]))
             units.append(self._unit(node, unit, _mapped(prompt.visible.runs[i], units), _read(prompt.visible, i, units), units))
+        self._targets.append((prompt.graph, units, {}))
         return units
 
     def add_continuation(self, prompt: CompiledPrompt, sink: ICLNode, units: Sequence[int]) -> int:
-        """A unit that goes on from a sink, given the ``units`` of the prompt's nodes: it sees and reads what that does."""
+        """A unit that goes on from a sink of the prompt added last, whose nodes are ``units``; it reads as that does."""
         follows = units[prompt.graph.index[sink]]
         after = Place(prompt.position_ids[0, prompt.spans[sink][1] - 1].item() + 1)
         if follows in self._readings:
             self._readings[len(self.units)] = self._readings[follows]
         self.units.append(Unit(prompt.graph.names[sink], (), after, writes=True, follows=follows))
         self._runs.append(merge([*self._runs[follows], (follows, follows + 1)]))
-        return len(self.units) - 1
+        found = len(self.units) - 1
+        self._targets[-1][2].setdefault(continued_name(prompt.graph.names[sink]), []).append(found)
+        return found
 
     def _end(self, i: int) -> Position | None:
         unit = self.units[i]
@@ -163,7 +181,7 @@ class Program:
         Equal are nodes of the same tokens, in the same place, that see and read the same. Within one target two equal nodes are
         two: who sees both sees everything twice. What is to be written is the same only if it is the same node.
         """
-        equal = self._equal.setdefault((node if unit.writes else unit.ids, unit.place, runs, readings), [])
+        equal = self._equal.setdefault((node if unit.writes or self._by_node else unit.ids, unit.place, runs, readings), [])
         found = next((i for i in equal if i not in taken), None)
         if found is not None:
             return found
@@ -196,6 +214,7 @@ def build(
     *,
     positions: Positions = "after_parents",
     visibility: Visibility = "parents",
+    by_node: bool = False,
 ) -> tuple[Program, list[Part]]:
     """One program of all targets. A graph is one with nodes to write; what has none comes compiled.
 
@@ -204,7 +223,7 @@ def build(
     LeattnError
         Positions that depend on lengths which are not known yet.
     """
-    program = Program()
+    program = Program(by_node=by_node)
     parts = [
         program.add_prompt(target)
         if isinstance(target, CompiledPrompt)

@@ -8,6 +8,7 @@ from leattn.dag.gennode import GenNode, copied
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import ICLNode, regrouped
 from leattn.prompt.compiled import CompiledPrompt
+from leattn.prompt.slots import continued_name
 
 
 def continued_graph(prompt: CompiledPrompt, written: Mapping[str, Sequence[int]]) -> ICLGraph:
@@ -21,7 +22,7 @@ def continued_graph(prompt: CompiledPrompt, written: Mapping[str, Sequence[int]]
         if ids:
             sink = graph[name]
             end = prompt.position_ids[0, prompt.spans[sink][1] - 1].item() + 1
-            continuations.append(ICLNode(ids, [*prompt.parents(sink), sink], f"{name} (continued)", start_pos_id=end))
+            continuations.append(ICLNode(ids, [*prompt.parents(sink), sink], continued_name(name), start_pos_id=end))
     return ICLGraph(*graph.sinks, *continuations)
 
 

@@ -20,7 +20,7 @@ from leattn.generation.program import Program
 from leattn.generation.result import Stats
 from leattn.generation.schedule import COMPACT
 from leattn.generation.scores import Score, Scores
-from leattn.generation.session import Session, session
+from leattn.generation.session import Session, is_intervened, session
 from leattn.generation.targets import Target, reader_of, ready
 from leattn.kv.store import KVStore
 from leattn.model.record import Model
@@ -118,7 +118,7 @@ def score(
         compiled.append(prompt)
     asked = [[_ids(one, reader) for one in each] for each in given]
 
-    program = Program()
+    program = Program(by_node=is_intervened(record))
     parts = [_added(program, prompt, ids) for prompt, ids in zip(compiled, asked, strict=True)]
     for prompt, ids in zip(compiled, asked, strict=True):
         record.facts.check_token(max(map(max, ids)), "a continuation")

@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leattn.attention.attend import block_for
+from leattn.attention.attend import block_for, entered
 from leattn.attention.block import Block, innermost
-from leattn.attention.follow import follow
 from leattn.attention.request import Backend
 from leattn.attention.roots import warn_of
 from leattn.attention.turning import check_real_positions
@@ -60,16 +59,15 @@ def session(
 ) -> Iterator[Session]:
     """A model that follows a program, and a cache of ``room`` columns at first: enough for all that is known, if None.
 
+    Inside ``intervene`` it does those operations, and has no store.
+
     Raises
     ------
     BackendError
-        The model, or the backend, cannot follow a graph; an intervention is going on.
+        The model, or the backend, cannot follow a graph, or not with these operations.
     """
     if is_intervened(record):
-        raise BackendError(
-            "interventions follow the layout of one compiled prompt, and here tokens run in another order; leave the intervene "
-            "block first (what a program wrote compiles, as result.realised, to a prompt to intervene on)"
-        )
+        kv_store = None
     columns = Columns([Row(program.visible)], record.device)
     block = block_for(model, record, columns, backend)  # a model that follows no graph at all says so first
     if not program.is_whole:
@@ -83,7 +81,8 @@ def session(
         check_store(model, kv_store)
     parents = np.array([len(seen) for seen in program.sees])
     warn_of(model, record, program.visible, parents, lambda i: program.units[i].name)
-    with follow(block), torch.no_grad():
+    block.texts = program.texts
+    with entered(block), torch.no_grad():
         yield Session(model, program, block, kv_store, room)
 
 

@@ -20,7 +20,7 @@ from leattn.generation.result import Generation, Stats
 from leattn.generation.result import Sequence as Continuation
 from leattn.generation.sampling import Sampling, Streamer
 from leattn.generation.schedule import Schedule
-from leattn.generation.session import session
+from leattn.generation.session import is_intervened, session
 from leattn.kv.store import KVStore
 from leattn.model.record import Model
 from leattn.prompt.compiled import CompiledPrompt
@@ -57,8 +57,8 @@ def write_together(
         raise LeattnError(f"token_budget={token_budget!r}; give the tokens a step may feed at most, from 1 up")
     if on_interrupt not in ("raise", "return"):
         raise LeattnError(choices("on_interrupt", on_interrupt, ("raise", "return")))
-    program, parts = build(targets, tokenizer, positions=positions, visibility=visibility)
     record = Model.of(model)
+    program, parts = build(targets, tokenizer, positions=positions, visibility=visibility, by_node=is_intervened(record))
     sampling = Sampling(model, config, record.device)
     readers = {i: tokenizer if part.prompt is None else part.prompt.tokenizer for part in parts for i in part.branches.values()}
     if any(reader is None and (sampling.stop or program.units[i].stop) for i, reader in readers.items()):

@@ -5,7 +5,7 @@ from leattn.interventions.capture import States, capture
 from leattn.interventions.draws import RandomNoise, Shuffle
 from leattn.interventions.hidden import Freeze, Inject, SkipAttention
 from leattn.interventions.intervene import intervene
-from leattn.interventions.operation import Operation, State, Subject
+from leattn.interventions.operation import Operation, Selection, State, Subject, Tokens
 from leattn.interventions.recorded import Edit, Recorded
 from leattn.interventions.scores import Suppress
 
@@ -17,12 +17,14 @@ __all__ = [
     "Operation",
     "RandomNoise",
     "Recorded",
+    "Selection",
     "Shuffle",
     "SkipAttention",
     "State",
     "States",
     "Subject",
     "Suppress",
+    "Tokens",
     "capture",
     "intervene",
 ]

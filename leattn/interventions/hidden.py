@@ -15,7 +15,7 @@ import torch
 from leattn.dag.node import ICLNode
 from leattn.errors import LeattnError, choices
 from leattn.interventions.operation import Layers, Selection, State, Subject, checked_layers, checked_rows
-from leattn.interventions.where import Place, Where, tokens_at
+from leattn.interventions.where import Place, Where, known_tokens_at
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Freeze:
             raise LeattnError(f"Freeze names layer {self.layer}; layers count from 0")
         if self.source == "previous" and self.layer == 0:
             raise LeattnError("Freeze(layer=0, source='previous') has no layer before; use source='input' or a later layer")
-        return _Freeze(self, Selection.build(subject, self.tokens, self.rows, generated=self.generated))
+        return _Freeze(self, Selection.build(subject, self.tokens, self.rows, generated=self.generated, what="Freeze"))
 
 
 class _Freeze:
@@ -53,7 +53,7 @@ class _Freeze:
             self.held = hidden
         if state.layer < start or self.held is None:
             return hidden
-        selected = self.selection.at(state.queries, state.repeats, hidden.device)
+        selected = self.selection.at(state.queries)
         return torch.where(selected[..., None], self.held.to(hidden.device), hidden)
 
 
@@ -74,8 +74,8 @@ class _Skip:
     def __init__(self, layers: frozenset[int]) -> None:
         self.layers = layers
 
-    def attended(self, layer: int, output: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(output) if layer in self.layers else output
+    def attended(self, state: State, output: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(output) if state.layer in self.layers else output
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,8 @@ class Inject:
     """Once, at each of the layers, tokens get other states: ``h_k[t] := v``.
 
     ``states`` maps a place (node, id, index, span) to a tensor ``[n, d]``, n being its tokens, or ``[d]`` for one token. They
-    usually come from :func:`capture`.
+    usually come from :func:`capture`. Of a node that the model writes only the header's tokens are known beforehand: give
+    states for those.
     """
 
     layer: Layers
@@ -92,50 +93,45 @@ class Inject:
 
     def bind(self, subject: Subject) -> _Inject:
         chosen = checked_layers("Inject", self.layer, subject.layers)
-        prompts, width = subject.prompts, subject.columns.width
-        entries = []
-        for p in checked_rows(self.rows, len(prompts)):
-            prompt = prompts[p]
-            for place, value in self.states.items():
-                tokens = tokens_at(prompt, place)
-                vectors = value[None] if value.dim() == 1 else value
-                if vectors.dim() != 2 or len(vectors) != len(tokens):
+        vectors: dict[Place, torch.Tensor] = {}
+        first: dict[Place, int] = {}
+        count = 1  # entry 0 is nothing
+        for place, value in self.states.items():
+            vectors[place], first[place] = value[None] if value.dim() == 1 else value, count
+            count += len(vectors[place]) if value.dim() else 0
+        entries = [torch.zeros(text.slots.count, dtype=torch.long) for text in subject.texts]
+        for p in checked_rows(self.rows, len(subject.texts)):
+            for place, given in vectors.items():
+                slots = known_tokens_at(subject.texts[p], place)
+                if given.dim() != 2 or len(given) != len(slots):
                     raise LeattnError(
-                        f"Inject at {_name(place)} has states {list(value.shape)} for {len(tokens)} tokens; "
-                        f"give [{len(tokens)}, hidden size]"
+                        f"Inject at {_name(place)} has states {list(self.states[place].shape)} for {len(slots)} tokens; "
+                        f"give [{len(slots)}, hidden size]"
                     )
-                order = torch.tensor(tokens) + width - len(prompt)
-                entries.append((p, order, vectors))
-        return _Inject(chosen, entries, len(prompts), width)
+                entries[p][torch.tensor(slots, dtype=torch.long)] = torch.arange(first[place], first[place] + len(given))
+        channels = {given.shape[1] for given in vectors.values()}
+        if len(channels) > 1:
+            raise LeattnError(f"Inject has states of {' and of '.join(map(str, sorted(channels)))} channels; give one model's")
+        return _Inject(chosen, subject.table("Inject", entries), [given.detach() for given in vectors.values()])
 
 
 class _Inject:
-    def __init__(
-        self, layers: frozenset[int], entries: Sequence[tuple[int, torch.Tensor, torch.Tensor]], prompts: int, columns: int
-    ) -> None:
-        self.layers = layers
-        self.mask = torch.zeros(prompts, columns, dtype=torch.bool)
-        width = entries[0][2].shape[1] if entries else 0
-        self.values = torch.zeros(prompts, columns, width, dtype=entries[0][2].dtype if entries else torch.float32)
-        for p, order, vectors in entries:
-            if vectors.shape[1] != width:
-                raise LeattnError(f"Inject has states of {width} and of {vectors.shape[1]} channels; give one model's")
-            self.mask[p, order] = True
-            self.values[p, order] = vectors.detach().to(self.values)
+    """``entries`` ``[rows, slots + 1]``: which of the vectors each token gets, counted from 1; 0 for none."""
+
+    def __init__(self, layers: frozenset[int], entries: torch.Tensor, vectors: Sequence[torch.Tensor]) -> None:
+        self.layers, self.entries = layers, entries
+        self.vectors = torch.cat([one.to(vectors[0]) for one in vectors]) if vectors else None
 
     def edit(self, state: State, hidden: torch.Tensor) -> torch.Tensor:
-        if state.layer not in self.layers or state.queries.start >= self.mask.shape[1]:
+        if state.layer not in self.layers or self.vectors is None:
             return hidden
-        if self.values.shape[2] not in (0, hidden.shape[-1]):
-            raise LeattnError(f"Inject has states of {self.values.shape[2]} channels, the model has {hidden.shape[-1]}")
-        stop = min(state.queries.stop, self.mask.shape[1])
-        part = slice(state.queries.start, stop)
-        mask = self.mask[:, part].repeat_interleave(state.repeats, 0).to(hidden.device)
-        values = self.values[:, part].repeat_interleave(state.repeats, 0).to(hidden)
-        if not mask.any():
+        if self.vectors.shape[1] != hidden.shape[-1]:
+            raise LeattnError(f"Inject has states of {self.vectors.shape[1]} channels, the model has {hidden.shape[-1]}")
+        entries = state.queries.of(self.entries)
+        if not entries.any():
             return hidden
-        edited = torch.where(mask[..., None], values, hidden[:, : mask.shape[1]])
-        return torch.cat([edited, hidden[:, mask.shape[1] :]], 1)
+        values = self.vectors.to(hidden)[(entries - 1).clamp(min=0)]
+        return torch.where((entries > 0)[..., None], values, hidden)
 
 
 def _name(place: Place) -> str:

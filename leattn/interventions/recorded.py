@@ -11,13 +11,19 @@ from leattn.interventions.operation import Operation, State, Subject
 
 
 class Edit(NamedTuple):
-    """One token's state before a layer, ``[d]`` each on the CPU; ``row`` is the model's, ``token`` the index in its prompt."""
+    """One token's state before a layer, ``[d]`` each on the CPU.
+
+    ``row`` is the model's, ``token`` the index in its prompt: None in a program, where a token has none before everything is
+    written. ``node`` is the name of its node, and ``place`` which of that node's tokens it is.
+    """
 
     layer: int
     row: int
-    token: int
+    token: int | None
     old: torch.Tensor
     new: torch.Tensor
+    node: str
+    place: int
 
 
 class Recorded:
@@ -66,7 +72,8 @@ class _Recorded:
         edited: torch.Tensor = self.bound.edit(state, hidden)
         if edited is not hidden:
             for row, i in (edited != hidden).any(-1).nonzero().tolist():
-                token = state.token_index(row, state.queries.start + i)
+                queries = state.queries
+                token = None if queries.in_prompt is None else int(queries.in_prompt[row, i])
                 old, new = (one[row, i].detach().cpu().clone() for one in (hidden, edited))
-                self.edits.append(Edit(state.layer, row, token, old, new))
+                self.edits.append(Edit(state.layer, row, token, old, new, queries.names[row][i], int(queries.indices[row, i])))
         return edited

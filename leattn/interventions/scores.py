@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,13 +11,14 @@ import torch
 from leattn.attention.around import Call
 from leattn.attention.reading import scaled_scores
 from leattn.errors import BackendError, LeattnError, choices
-from leattn.interventions.operation import Layers, Selection, Subject, checked_layers, checked_rows
+from leattn.interventions.operation import Layers, Selection, State, Subject, checked_layers, checked_rows
 from leattn.interventions.where import Where, tokens_at
 
 Mode = Literal["multiplicative", "additive", "weight"]
 MODES = ("multiplicative", "additive", "weight")
 Shift = Literal["visible", "all"]
 SHIFTS = ("visible", "all")
+CACHED = "shift='all' lets later tokens change earlier rows, which a cache cannot follow; use_cache=False, and no program"
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,16 @@ class Suppress:
     Parameters
     ----------
     tokens
-        The key tokens: nodes, ids, indices, spans.
+        The key tokens: nodes, ids, indices, spans. A node that the model writes is its header and what is written.
     factor
-        One number for all of them, or one per token in the order of ``tokens``.
+        One number for all of them, or, where all of them are known beforehand, one per token in the order of ``tokens``.
     mode
         ``"multiplicative"``: ``S'[q,j] = f_j · S[q,j] + (1 − f_j) · m_q`` with ``m_q`` the smallest score that q sees: f < 1
         suppresses, f > 1 amplifies. ``"additive"``: the factor is added to the scaled score. ``"weight"``: the un-normalised
         attention weight is multiplied by f; 0 cuts.
     shift
         ``"visible"``: ``m_q`` over the keys that q sees. ``"all"``: over masked ones too, as published; a future token then
-        changes earlier rows, so it is only for reproducing published numbers and is refused with a cache.
+        changes earlier rows, so it is only for reproducing published numbers and is refused with a cache, and so in programs.
     layers, heads
         All of them for None.
     queries
@@ -58,7 +59,7 @@ class Suppress:
     rows: Sequence[int] | None = None
 
     def bind(self, subject: Subject) -> BoundSuppress:
-        prompts, width, heads = subject.prompts, subject.columns.width, subject.heads
+        heads = subject.heads
         if self.mode not in MODES:
             raise LeattnError(choices("mode", self.mode, MODES))
         if self.shift not in SHIFTS:
@@ -68,10 +69,16 @@ class Suppress:
             if not 0 <= head < heads:
                 raise LeattnError(f"Suppress names head {head}; this model has heads 0 to {heads - 1}")
         neutral = 0.0 if self.mode == "additive" else 1.0
-        factors = torch.full((len(prompts), width), neutral)
-        for p in checked_rows(self.rows, len(prompts)):
-            prompt = prompts[p]
-            tokens = tokens_at(prompt, self.tokens)
+        if self.shift == "all" and subject.grows:
+            raise BackendError(CACHED)
+        wanted = [torch.full((text.slots.count,), neutral) for text in subject.texts]
+        for p in checked_rows(self.rows, len(subject.texts)):
+            text = subject.texts[p]
+            tokens = tokens_at(text, self.tokens)
+            if not isinstance(self.factor, (int, float)) and any(map(text.is_written, tokens)):
+                raise LeattnError(
+                    "Suppress has a factor per token, and how many tokens will be written is not known; give one number"
+                )
             given = [float(self.factor)] * len(tokens) if isinstance(self.factor, (int, float)) else list(self.factor)
             if len(given) != len(tokens):
                 raise LeattnError(
@@ -79,15 +86,18 @@ class Suppress:
                 )
             if self.mode == "weight" and min(given, default=0.0) < 0:
                 raise LeattnError(f"a weight is multiplied by {min(given)}; weights stay positive, so give a factor >= 0")
-            factors[p, torch.tensor(tokens, dtype=torch.long) + width - len(prompt)] = torch.tensor(given, dtype=torch.float)
-        queries = None if self.queries is None else Selection.build(subject, self.queries, self.rows, generated=self.generated)
+            wanted[p][torch.tensor(tokens, dtype=torch.long)] = torch.tensor(given, dtype=torch.float)
+        factors = subject.table("Suppress", wanted, neutral)
+        queries = None
+        if self.queries is not None:
+            queries = Selection.build(subject, self.queries, self.rows, generated=self.generated, what="Suppress")
         named = checked_layers("Suppress", self.layers, subject.layers)
         return BoundSuppress(self, named, chosen, factors, neutral, queries)
 
 
 @dataclass(frozen=True, eq=False)
 class BoundSuppress:
-    """A :class:`Suppress` that knows its prompts: ``factors`` ``[P, S]`` by column, ``neutral`` where nothing is asked."""
+    """A :class:`Suppress` that knows what runs: ``factors`` ``[rows, slots + 1]``, ``neutral`` where nothing is asked."""
 
     operation: Suppress
     layers: frozenset[int]
@@ -100,17 +110,11 @@ class BoundSuppress:
         """Whether anything changes in a layer; its scores are not computed twice for nothing."""
         return layer in self.layers and bool((self.factors != self.neutral).any())
 
-    def scores(self, call: Call, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    def scores(self, state: State, scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """Scaled (and soft-capped) scores ``[B, H, Q, K]``, changed where asked; ``visible`` broadcasts to them."""
-        if self.operation.shift == "all" and call.queries.start > 0:
-            raise BackendError(
-                "shift='all' lets later tokens change earlier rows, which a cache cannot follow; use_cache=False"
-            )
-        repeats = call.request.repeats
-        keys = scores.shape[-1]
-        new = max(0, keys - self.factors.shape[1])
-        factors = torch.nn.functional.pad(self.factors, (0, new), value=self.neutral)[:, :keys]
-        factors = factors.repeat_interleave(repeats, 0).to(scores)[:, None, None]  # [B, 1, 1, K]
+        if self.operation.shift == "all" and state.queries.columns.start > 0:
+            raise BackendError(CACHED)
+        factors = state.keys.of(self.factors).to(scores)[:, None, None]  # [B, 1, 1, K]
         if self.operation.mode == "multiplicative":
             everything = scores if self.operation.shift == "all" else scores.masked_fill(~visible, torch.inf)
             least = everything.amin(-1, keepdim=True)
@@ -121,7 +125,7 @@ class BoundSuppress:
             changed = scores + factors.log().clamp(min=torch.finfo(scores.dtype).min / 4)
         asked = factors != self.neutral
         if self.queries is not None:
-            asked = asked & self.queries.at(call.queries, repeats, scores.device)[:, None, :, None]
+            asked = asked & self.queries.at(state.queries)[:, None, :, None]
         if self.heads is not None:
             of_heads = torch.zeros(scores.shape[1], dtype=torch.bool, device=scores.device)
             of_heads[self.heads] = True
@@ -132,8 +136,8 @@ class BoundSuppress:
 class ChangedScores:
     """All score operations of a block, around a backend's attention: what they change becomes part of its mask."""
 
-    def __init__(self, operations: Sequence[Any]) -> None:
-        self.operations = operations
+    def __init__(self, operations: Sequence[Any], state: Callable[[Call], State]) -> None:
+        self.operations, self.state = operations, state
 
     def before(self, call: Call) -> torch.Tensor | None:
         mask: torch.Tensor | None = call.mask
@@ -146,9 +150,9 @@ class ChangedScores:
                 scores.shape[-1] - scores.shape[-2]
             )
         visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        changed = scores
+        changed, state = scores, self.state(call)
         for operation in operations:
-            changed = operation.scores(call, changed, visible)
+            changed = operation.scores(state, changed, visible)
         if torch.equal(changed, scores):
             return mask if call.mask is not None else None
         added = torch.zeros_like(mask, dtype=call.query.dtype).masked_fill(~visible, torch.finfo(call.query.dtype).min)

@@ -167,15 +167,29 @@ class Row:
 
     def nodes(self, width: int) -> npt.NDArray[np.int64]:
         """The node of each of ``width`` columns, ``[width]``; N where it is none's."""
-        nobody = len(self.visible)
-        found = np.full(width, nobody if self.continuation is None else self.continuation, np.int64)
-        found[: self.padding] = nobody
-        lengths = np.diff(np.asarray(self.offsets))
-        found[self.padding : self.offsets[-1]] = np.repeat(np.arange(len(lengths)), lengths)
+        return self.tokens(range(width))[0]
+
+    def tokens(self, columns: range) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The node of each of some columns, N where it is none's, and which of its tokens stands there; ``[n]`` each."""
+        first, last = columns.start, columns.stop
+        at = np.arange(first, last)
+        nodes = np.full(len(at), len(self.visible), np.int64)
+        indices = np.zeros(len(at), np.int64)
+        offsets = np.asarray(self.offsets)
+        held = (at >= offsets[0]) & (at < offsets[-1])
+        nodes[held] = np.searchsorted(offsets, at[held], side="right") - 1
+        indices[held] = at[held] - offsets[nodes[held]]
+        if self.continuation is not None:
+            new = at >= self.length
+            nodes[new], indices[new] = self.continuation, at[new] - self.length
         for node, runs in self._runs.items():
+            before = 0
             for start, stop in runs:
-                found[start:stop] = node
-        return found
+                if start < last and stop > first:
+                    here = slice(max(start, first) - first, min(stop, last) - first)
+                    nodes[here], indices[here] = node, before + at[here] - start
+                before += stop - start
+        return nodes, indices
 
 
 class Columns:
