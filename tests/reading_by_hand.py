@@ -25,8 +25,13 @@ def theta_of(config, kind):
     return config.rope_parameters.get(kind, config.rope_parameters)["rope_theta"]
 
 
-def row_of(q, k, v, seen, groups, scaling, theta, layer, head):
+def row_of(q, k, v, seen, groups, scaling, theta, layer, head, softcap=None, sink=None):
     """One query's output, and its weights by key. ``seen``: key indices; ``groups``: (indices by reading, reading)."""
+
+    def met(key):
+        plain = float(q.double() @ key.double()) * scaling
+        return plain if softcap is None else softcap * math.tanh(plain / softcap)
+
     logs = {}
     left = set(seen)
     for members, how in groups:
@@ -35,15 +40,15 @@ def row_of(q, k, v, seen, groups, scaling, theta, layer, head):
         if not holds or not members:
             continue
         left -= set(members)
-        scores = [float(q.double() @ turned(k[j], how.shift, theta)) * scaling / how.temperature for j in members]
+        scores = [met(turned(k[j], how.shift, theta)) / how.temperature for j in members]
         total = math.log(sum(math.exp(score) for score in scores))
         for j, score in zip(members, scores, strict=True):
             # exp(σ·τ·L + b) for the group, shared out as its own softmax says
             logs[j] = how.scale * how.temperature * total + how.log_weight + score - total
     for j in left:
-        logs[j] = float(q.double() @ k[j].double()) * scaling
+        logs[j] = met(k[j])
     weights = {j: math.exp(log) for j, log in logs.items()}
-    whole = sum(weights.values())
+    whole = sum(weights.values()) + (0 if sink is None else math.exp(sink))
     return sum(weights[j] / whole * v[j].double() for j in weights), {j: weight / whole for j, weight in weights.items()}
 
 
@@ -59,7 +64,7 @@ def logits(model, nodes, *, visibility="parents", where=None, weights=None, turn
 
     layers = []
 
-    def attention(module, query, key, value, mask, scaling=None, **kwargs):
+    def attention(module, query, key, value, mask, scaling=None, softcap=None, **kwargs):
         layer = module.layer_idx
         layers.append(layer)
         window = config.sliding_window if types[layer] == "sliding_attention" else None
@@ -85,7 +90,8 @@ def logits(model, nodes, *, visibility="parents", where=None, weights=None, turn
                     ([j for j, (other, _) in enumerate(tokens) if other in group.nodes], group.reading)
                     for group in node.readings
                 ]
-                output[0, i, head], shares = row_of(query[0, head, i], k, v, seen, named, scaling, theta, layer, head)
+                row = row_of(query[0, head, i], k, v, seen, named, scaling, theta, layer, head, softcap)
+                output[0, i, head], shares = row
                 if weights is not None:
                     row = weights.setdefault((layer, head), torch.zeros(len(tokens), len(tokens)))[i]
                     for j, share in shares.items():

@@ -15,6 +15,7 @@ from leattn import BackendError, GenNode, GraphError, ICLGraph, ICLNode, KVStore
 
 HAND = ["llama", "qwen3", "gemma3_text"]
 BACKENDS = ["eager", "sdpa", "sparse"]
+"""Flex, which is slow uncompiled, has tests of its own in test_readings_flex.py."""
 
 
 @pytest.fixture(autouse=True)
@@ -454,10 +455,10 @@ def test_what_is_printed():
 # What refuses.
 
 
-def test_flex_is_refused_by_name():
+def test_varlen_is_refused_by_name():
     prompt = compile_prompt(graph(*CASES["temperature"])[-1])
-    with pytest.raises(BackendError, match="flex reads everything as it is"):
-        forward(shared_model("llama"), prompt, backend="flex")
+    with pytest.raises(BackendError, match=r"varlen reads everything as it is.*use backend='sparse' or 'sdpa'"):
+        forward(shared_model("llama"), prompt, backend="varlen")
 
 
 def test_models_without_rotary_positions_take_no_shift():

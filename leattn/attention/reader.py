@@ -58,8 +58,11 @@ class Reader:
         return self.start + self.length * self.count
 
     def index(self, device: torch.device) -> list[slice | Tensor]:
-        """Where the keys of its parts are."""
-        return [select(part.columns, device) for part in self.parts]
+        """Where the keys of its parts are; of its groups, counted from ``span`` on, where all scores are made at once."""
+        if self.span is None or self.own_mask is not None:
+            return [select(part.columns, device) for part in self.parts]
+        groups = ([part.columns for part in self.parts if part.group == group] for group in range(len(self.readings)))
+        return [select(np.concatenate(columns) - self.span, device) for columns in groups]
 
     @cached_property
     def span(self) -> int | None:
@@ -75,7 +78,7 @@ class Reader:
         """Query ``[B, H, Q, D]`` over key and value ``[B, G, K, D]`` of all columns, into output ``[B, Q, H, D]``."""
         span = self.span
         if span is not None and self.own_mask is None:
-            output.copy_(self._at_once(kernel, query, key[:, :, span : self.stop], value[:, :, span : self.stop], span))
+            output.copy_(self._at_once(kernel, index, query, key[:, :, span : self.stop], value[:, :, span : self.stop]))
             return
         seen = [(picked(key, at), picked(value, at)) for at in index]
         if not kernel.with_lse or self.own_mask is not None:
@@ -90,15 +93,13 @@ class Reader:
             columns = slice(piece.start - self.start, piece.stop - self.start)
             self._by_parts(kernel, query[:, :, columns], key, value, piece, seen, output[:, columns])
 
-    def _at_once(self, kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, span: int) -> Tensor:
+    def _at_once(self, kernel: Kernel, index: list[slice | Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """All scores of a few queries, over the columns from ``span`` on; ``[B, Q, H, D]``."""
         scores = scaled_scores(query, key, kernel.scaling).float()
         if self.length > 1:
             later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(key.shape[2] - self.length + 1)
             scores = scores.masked_fill(later, -torch.inf)
-        for group, reading in enumerate(self.readings):
-            columns = np.concatenate([part.columns for part in self.parts if part.group == group]) - span
-            at = select(columns, scores.device)
+        for at, reading in zip(index, self.readings, strict=True):
             moved = kernel.moved(query, reading)
             part = scores[..., at] if moved is query else scaled_scores(moved, key[:, :, at], kernel.scaling).float()
             scores = scores.clone() if needs_gradient(scores) else scores

@@ -9,10 +9,12 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers.integrations.flex_attention import compile_friendly_flex_attention, get_flex_attention_lse_kwargs
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     AttentionMaskInterface,
@@ -115,6 +117,39 @@ def attention_function(module: torch.nn.Module, implementation: str) -> Callable
         if function is not None:
             return cast(Callable[..., Any], function)
     raise BackendError(f"{type(module).__name__} has no eager attention function of its own; use backend='sdpa'")
+
+
+def flex_attention(
+    module: torch.nn.Module,
+    scaling: float | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: Any,
+    score_mod: Any,
+    *,
+    with_lse: bool,
+) -> tuple[Tensor, Any]:
+    """Torch's, compiled as transformers does, under a score function of one's own.
+
+    Output ``[B, H, Q, D]`` and log-sum-exp ``[B, H, Q]`` of query ``[B, H, Q, D]`` over key and value ``[B, G, K, D]``; None in
+    its place where it is not asked for.
+    """
+    # Torch compiles nothing for a CPU that returns the log-sum-exp.
+    uncompiled = with_lse and query.device.type == "cpu"
+    with torch.compiler.set_stance("force_eager") if uncompiled else nullcontext():
+        found: Any = compile_friendly_flex_attention(
+            query,
+            key,
+            value,
+            training=module.training,
+            score_mod=score_mod,
+            block_mask=block_mask,
+            scale=scaling,
+            enable_gqa=key.shape[1] != query.shape[1],
+            **get_flex_attention_lse_kwargs(with_lse),
+        )
+    return (found[0], found[1].lse) if with_lse else (found, None)
 
 
 def check_keywords(kwargs: Mapping[str, Any], known: Collection[str], who: str) -> None:

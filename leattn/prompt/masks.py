@@ -53,8 +53,10 @@ def column_mask_mod(columns: Columns, queries: range, keys: int, *, repeats: int
     return dag_mask
 
 
-def block_counts(stretches: Sequence[Stretch], queries: range, keys: int, block: int) -> IntArray:
+def block_counts(stretches: Sequence[Stretch], queries: range, keys: int, block: int, *, own: bool = True) -> IntArray:
     """Allowed pairs in each block of ``block`` queries × ``block`` keys, ``[ceil(Q / block), ceil(K / block)]``.
+
+    Not ``own``: of what stretches see whole only, without themselves; then one may stand there several times.
 
     Each interval that a stretch sees adds a trapezoid to the running count along the keys, so its second difference has four
     entries and nothing depends on how many keys it covers.
@@ -85,7 +87,7 @@ def block_counts(stretches: Sequence[Stretch], queries: range, keys: int, block:
     triangles = ((token - low) // block, np.ones_like(token), own_start, token + 1)
 
     steps = np.zeros(height * (width + 2), np.int64)
-    for at_row, weight, start, stop in (rectangles, triangles):
+    for at_row, weight, start, stop in (rectangles, triangles) if own else (rectangles,):
         for at, sign in ((np.minimum(start, keys), 1), (np.minimum(stop, keys), -1)):
             inside = at % block
             cell = at_row * (width + 2) + at // block
