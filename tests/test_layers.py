@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = [
     ["errors"],
-    ["table"],
+    ["table", "intervals"],
     ["dag"],
     ["prompt"],
     ["model"],
@@ -29,6 +29,7 @@ ROOMS = [
     ["training"],
     ["interventions"],
     ["analysis"],
+    ["comparison"],
     ["viz"],
     ["tiny"],
     ["compat"],

@@ -14,7 +14,7 @@ from models import make_model, shared_model
 import leattn
 from leattn import ICLNode, LeattnError, LeattnWarning, compile_prompt
 from leattn.analysis import Injection, sweep
-from leattn.analysis.sweep_result import wilson
+from leattn.intervals import wilson
 from leattn.interventions import Freeze, Inject, RandomNoise, Shuffle, SkipAttention, Suppress, capture, intervene
 from leattn.tiny.examples import make
 
@@ -281,7 +281,7 @@ def test_summary_text_and_data_frame(monkeypatch):
     point = result.summary("noise", 1)
     assert point.mean == pytest.approx(values.mean())
     assert values.mean(0).min() <= point.low < point.mean < point.high <= values.mean(0).max()
-    assert point.prompts == 5
+    assert point.count == 5
     assert result.interval == "bootstrap"
     assert f"{point.mean:.3f}" in str(result)
     assert f"{point.mean:.3f}" in result._repr_html_()

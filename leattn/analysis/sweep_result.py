@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from leattn.errors import LeattnError, choices
+from leattn.intervals import Summary, bootstrap, wilson
 from leattn.table import data_frame, html_table, text_table
 
 UNTOUCHED = "untouched"
 """The operation of a sweep's baseline rows."""
-Z95 = 1.959963984540054
-RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -49,16 +48,6 @@ class SweepRow:
 
     def with_seed(self, seed: int | None) -> SweepRow:
         return replace(self, seed=seed)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Mean of one point over prompts, the ends of its 95 % interval, and the number of prompts."""
-
-    mean: float
-    low: float
-    high: float
-    prompts: int
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -156,23 +145,3 @@ class SweepResult:
             )
             rows.append([name, *means])
         return ["layer", *map(str, self.layers)], rows
-
-
-def wilson(mean: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share; of means of several draws in 0…1 it is, if anything, too wide.
-
-    Examples
-    --------
-    >>> [round(end, 3) for end in wilson(0.9, 10)]
-    [0.596, 0.982]
-    """
-    centre = (mean + Z95**2 / (2 * count)) / (1 + Z95**2 / count)
-    half = Z95 * float(np.sqrt(mean * (1 - mean) / count + Z95**2 / (4 * count**2))) / (1 + Z95**2 / count)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def bootstrap(values: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float]:
-    """The middle 95 % of the means of resamples, drawn with a fixed seed."""
-    draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
-    return float(low), float(high)

@@ -1,0 +1,1 @@
+"""Methods to encode prompts, compared on the same examples: ``leattn.compare``."""
