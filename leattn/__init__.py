@@ -49,7 +49,7 @@ _HOMES = {
     ],
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
-_MODULES = ("analysis", "compat", "interventions", "patterns", "tiny", "training", "viz")
+_MODULES = ("analysis", "compat", "interventions", "methods", "patterns", "tiny", "training", "viz")
 
 # Spelled out for type checkers; a test holds it equal to the table above.
 __all__ = [
@@ -80,6 +80,7 @@ __all__ = [
     "generate",
     "generate_flex_attention_mask_mod",
     "interventions",
+    "methods",
     "model_inputs",
     "parallel",
     "paraphrase_group",
@@ -98,7 +99,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from leattn import analysis, compat, interventions, patterns, tiny, training, viz
+    from leattn import analysis, compat, interventions, methods, patterns, tiny, training, viz
     from leattn.attention.attend import attend
     from leattn.attention.inputs import model_inputs
     from leattn.attention.request import Backend

@@ -28,6 +28,7 @@ ROOMS = [
     ["training"],
     ["interventions"],
     ["analysis"],
+    ["methods"],
     ["viz"],
     ["tiny"],
     ["compat"],
