@@ -41,6 +41,9 @@ _HOMES = {
     "generation.score": ["score"],
     "generation.scores": ["Scores"],
     "generation.result": ["Generation"],
+    "comparison.compare": ["compare"],
+    "comparison.comparison": ["Comparison"],
+    "comparison.example": ["Example"],
     "compat.le_attention": [
         "upstream_nodes",
         "print_dag",
@@ -51,14 +54,16 @@ _HOMES = {
     ],
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
-_MODULES = ("analysis", "compat", "interventions", "patterns", "tiny", "training", "viz")
+_MODULES = ("analysis", "compat", "interventions", "methods", "patterns", "tiny", "training", "viz")
 
 # Spelled out for type checkers; a test holds it equal to the table above.
 __all__ = [
     "Backend",
     "BackendError",
+    "Comparison",
     "CompileError",
     "CompiledPrompt",
+    "Example",
     "GenNode",
     "Generation",
     "GraphError",
@@ -75,6 +80,7 @@ __all__ = [
     "causal",
     "chain",
     "check_model",
+    "compare",
     "compat",
     "compile_prompt",
     "forward",
@@ -83,6 +89,7 @@ __all__ = [
     "generate",
     "generate_flex_attention_mask_mod",
     "interventions",
+    "methods",
     "model_inputs",
     "parallel",
     "paraphrase_group",
@@ -102,11 +109,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from leattn import analysis, compat, interventions, patterns, tiny, training, viz
+    from leattn import analysis, compat, interventions, methods, patterns, tiny, training, viz
     from leattn.attention.attend import attend
     from leattn.attention.inputs import model_inputs
     from leattn.attention.request import Backend
     from leattn.check import check_model
+    from leattn.comparison.compare import compare
+    from leattn.comparison.comparison import Comparison
+    from leattn.comparison.example import Example
     from leattn.compat.le_attention import (
         build_attention_matrix,
         generate_flex_attention_mask_mod,

@@ -25,17 +25,16 @@ class Summary:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def summary(values: Sequence[float]) -> Summary:
-    """Of numbers: Wilson's interval where all are 0 or 1, so that the mean is a share, else that of the bootstrap.
+def summary(values: Sequence[float], *, is_share: bool) -> Summary:
+    """Of numbers: Wilson's interval of a share, of which each is 0 or 1; else that of the bootstrap.
 
     Examples
     --------
-    >>> print(summary([1, 1, 1, 1, 1, 1, 1, 1, 1, 0]))
+    >>> print(summary([1, 1, 1, 1, 1, 1, 1, 1, 1, 0], is_share=True))
     0.900 [0.596, 0.982]
     """
     given = np.asarray(values, dtype=np.float64)
     mean = float(given.mean())
-    is_share = bool(np.isin(given, (0.0, 1.0)).all())
     low, high = wilson(mean, len(given)) if is_share else bootstrap(given)
     return Summary(mean, low, high, len(given))
 

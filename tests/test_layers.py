@@ -29,6 +29,7 @@ ROOMS = [
     ["training"],
     ["interventions"],
     ["analysis"],
+    ["methods"],
     ["comparison"],
     ["viz"],
     ["tiny"],

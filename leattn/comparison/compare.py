@@ -24,10 +24,13 @@ from leattn.errors import LeattnError, choices
 from leattn.generation.generate import generate
 from leattn.generation.score import score
 from leattn.generation.scores import Score
+from leattn.kv.certify import certificate
 from leattn.kv.store import KVStore
 from leattn.methods import METHODS
 from leattn.prompt.compiled import CompiledPrompt
 
+STORE = 2**31
+"""Bytes of keys and values that are kept of the examples which are measured together."""
 Method: TypeAlias = Callable[..., CompiledPrompt]
 """From header, documents, question and tokenizer to a prompt; with a parameter ``model``, from the model too."""
 
@@ -41,7 +44,7 @@ def compare(
     *,
     max_new_tokens: int = 16,
     timed: int = 0,
-    chunk: int = 16,
+    chunk: int = 8,
     path: str | os.PathLike[str] | None = None,
     backend: str | Backend = "auto",
     progress: bool = True,
@@ -65,7 +68,7 @@ def compare(
         For this many of the examples, the time and the tokens that the first token takes: cold, with an empty store, and warm,
         with one that knows the documents. Methods take turns; nothing else should run meanwhile.
     chunk
-        Examples that are scored together, and then written to the file.
+        Examples that are measured together, and then written to the file.
     path
         A file of JSON lines. A run that was broken off goes on from it; what is there is not measured again.
     backend, progress
@@ -103,9 +106,11 @@ def compare(
     }
     journal = Journal(path, settings)
     done = {(row["method"], row["example"], row["metric"]) for row in journal.rows}
-    measure = partial(_measured, model, tokenizer, wanted, max_new_tokens=max_new_tokens, backend=backend)
     with tqdm(total=len(named) * len(given), unit="prompt", disable=not progress) as bar:
         for begin in range(0, len(given), chunk):
+            # Methods that encode a document alike share it, and what is generated finds what was scored.
+            store = KVStore(max_bytes=STORE) if certificate(model).reuse is None else None
+            measure = partial(_measured, model, tokenizer, wanted, max_new_tokens, backend, store)
             for name, method in named.items():
                 part = dict(list(given.items())[begin : begin + chunk])
                 missing = {
@@ -124,7 +129,8 @@ def compare(
     known = {(name, example) for name in named for example in given}
     rows = [Row(**row) for row in journal.rows if (row["method"], row["example"]) in known]
     order = {name: i for i, name in enumerate(named)}
-    return Comparison(tuple(sorted(rows, key=lambda row: order[row.method])), settings)
+    shares = frozenset(metric.name for metric in wanted if metric.is_share)
+    return Comparison(tuple(sorted(rows, key=lambda row: order[row.method])), settings, shares)
 
 
 def build(method: Method, example: Example, model: Any, tokenizer: Any) -> CompiledPrompt:
@@ -169,11 +175,11 @@ def _measured(
     model: Any,
     tokenizer: Any,
     metrics: Sequence[Metric],
-    method: Method,
-    examples: Sequence[Example],
-    *,
     max_new_tokens: int,
     backend: str | Backend,
+    store: KVStore | None,
+    method: Method,
+    examples: Sequence[Example],
 ) -> list[dict[str, float]]:
     """All metrics of each example."""
     prompts = [build(method, example, model, tokenizer) for example in examples]
@@ -184,15 +190,14 @@ def _measured(
         for example in examples
     ]
     if any(continuations):
-        found = score(model, prompts, continuations, tokenizer, backend=backend, progress=False)
+        found = score(model, prompts, continuations, tokenizer, backend=backend, kv_store=store, progress=False)
         for p, example in enumerate(examples):
             rows = [row for row in found.rows if row.prompt == p]
             first = len(example.answers[:1]) if "answer" in needs else 0
             scores[p] = {"answer": rows[:first], "choices": rows[first:]}
     if "text" in needs:
-        results = generate(
-            model, prompts, tokenizer, backend=backend, max_new_tokens=max_new_tokens, do_sample=False, stop_strings=["\n"]
-        )
+        options = {"max_new_tokens": max_new_tokens, "do_sample": False, "stop_strings": ["\n"]}
+        results = generate(model, prompts, tokenizer, backend=backend, kv_store=store, **options)
         texts = [result.text for result in results]
     return [
         {metric.name: metric.value(example, scores[p].get(metric.needs, []), texts[p]) for metric in metrics}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -35,10 +35,13 @@ class Comparison:
         ``seconds_cold`` and ``seconds_warm``.
     settings : mapping
         What the run was of: model, dtype, releases, limits.
+    shares : set of str
+        The metrics that are 0 or 1.
     """
 
     rows: tuple[Row, ...]
     settings: Mapping[str, Any]
+    shares: frozenset[str] = frozenset()
 
     @cached_property
     def _values(self) -> dict[tuple[str, str], dict[str, float]]:
@@ -74,7 +77,7 @@ class Comparison:
 
     def summary(self, method: str, metric: str) -> Summary:
         """Mean and 95 % interval over examples: Wilson's for shares, else the bootstrap's."""
-        return summary(list(self.values(method, metric).values()))
+        return summary(list(self.values(method, metric).values()), is_share=metric in self.shares)
 
     def difference(self, method: str, other: str, metric: str) -> Summary:
         """The mean of ``method`` less that of ``other`` on the examples that both have, paired bootstrap."""
@@ -90,7 +93,7 @@ class Comparison:
         for row in self.rows:
             if row.method == method and row.metric == metric and row.gold is not None:
                 found.setdefault(row.gold, []).append(row.value)
-        return {place: summary(found[place]) for place in sorted(found)}
+        return {place: summary(found[place], is_share=metric in self.shares) for place in sorted(found)}
 
     def to_pandas(self) -> Any:
         """A ``pandas.DataFrame`` with the columns of :class:`Row`."""
@@ -112,6 +115,10 @@ class Comparison:
                     line.append(_shown(self.difference(method, baseline, metric), sign="+") if apart else "")
             lines.append(line)
         return head, lines
+
+    def joined(self, other: Comparison) -> Comparison:
+        """The rows of both, of the same run on other methods."""
+        return replace(self, rows=(*self.rows, *other.rows), shares=self.shares | other.shares)
 
     def __len__(self) -> int:
         return len(self.rows)

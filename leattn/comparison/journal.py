@@ -37,13 +37,13 @@ class Journal:
         if not found:
             self._append([dict(settings)])
             return
-        differs = sorted(name for name in {*found[0], *settings} if found[0].get(name) != json.loads(json.dumps(settings)).get(name))
-        if differs:
-            name = differs[0]
-            raise LeattnError(
-                f"{self.path} is of another run: {name} is {found[0].get(name)!r} there and {settings.get(name)!r} here; give "
-                "another path, or remove it"
-            )
+        ours = json.loads(json.dumps(settings))
+        for name in sorted({*found[0], *ours}):
+            there, here = found[0].get(name), ours.get(name)
+            if there != here:
+                raise LeattnError(
+                    f"{self.path} is of another run: {name} is {there!r} there and {here!r} here; give another path, or remove it"
+                )
         self.rows = found[1:]
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:

@@ -27,14 +27,14 @@ class Metric:
         What it looks at: the score of the first ``"answer"``, the scores of all ``"choices"``, or the ``"text"`` generated.
     value
         From the example and that to the number.
-    higher_is_better
-        For tables and pictures.
+    is_share
+        Whether the number is 0 or 1, so that the mean is a share and has Wilson's interval.
     """
 
     name: str
     needs: Needs
     value: Callable[[Example, list[Score], str], float]
-    higher_is_better: bool = True
+    is_share: bool = True
 
 
 def normalised(text: str) -> str:
@@ -62,7 +62,7 @@ def _chosen(by: Literal["total", "tokens"]) -> Callable[[Example, list[Score], s
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("loss", "answer", _loss, higher_is_better=False),
+        Metric("loss", "answer", _loss, is_share=False),
         Metric("right", "text", _right),
         Metric("accuracy", "choices", _chosen("total")),
         Metric("accuracy_by_token", "choices", _chosen("tokens")),
