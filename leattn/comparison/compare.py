@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from typing import Any, TypeAlias
 
 import torch
@@ -14,7 +15,6 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-import leattn
 from leattn.attention.request import Backend
 from leattn.comparison.comparison import Comparison, Row
 from leattn.comparison.example import Example
@@ -86,8 +86,7 @@ def compare(
 
     Examples
     --------
-    >>> import leattn
-    >>> from leattn.comparison.example import Example
+    >>>     >>> from leattn.comparison.example import Example
     >>> model, tokenizer = leattn.tiny.load()
     >>> facts = ["\\nThe capital of Zarvia is Lumo.", "\\nThe capital of Genia is Pardan."]
     >>> ask = Example("\\nQ: What is the capital of Zarvia?\\nA:", facts, answers=[" Lumo"], gold=0)
@@ -102,7 +101,7 @@ def compare(
         "model": type(model).__name__ if not model.config.name_or_path else os.path.basename(str(model.config.name_or_path)),
         "dtype": str(model.dtype).removeprefix("torch."),
         "max_new_tokens": max_new_tokens,
-        "versions": {"leattn": leattn.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {"leattn": version("leattn"), "torch": torch.__version__, "transformers": transformers.__version__},
     }
     journal = Journal(path, settings)
     done = {(row["method"], row["example"], row["metric"]) for row in journal.rows}

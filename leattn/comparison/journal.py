@@ -42,7 +42,8 @@ class Journal:
             there, here = found[0].get(name), ours.get(name)
             if there != here:
                 raise LeattnError(
-                    f"{self.path} is of another run: {name} is {there!r} there and {here!r} here; give another path, or remove it"
+                    f"{self.path} is of another run: {name} is {there!r} there and {here!r} here; give another path, or "
+                    "remove it"
                 )
         self.rows = found[1:]
 
