@@ -1,0 +1,44 @@
+"""Study 1: documents. Loss and answers on open questions, by method and by the place of the document that holds the answer."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from leattn.comparison.compare import compare
+from leattn.comparison.comparison import Comparison
+from leattn.comparison.example import Example
+from studies.data import nearest, read
+from studies.prompts import WAYS, question
+
+REFERENCES = {"gold alone": lambda example: [example.documents[example.gold]], "no document": lambda example: []}
+"""What plain text gives with the one document that holds the answer, and with none."""
+
+
+def examples(data: Path | None, tokenizer: Any, count: int, documents: int, seed: int) -> list[Example]:
+    """Questions, each behind the passage that holds its answer and its nearest rivals, the gold one at every place in turn."""
+    rows = read(data, "nq_open")
+    chosen = random.Random(seed).sample(range(len(rows)), min(count, len(rows)))
+    found = []
+    for n, i in enumerate(chosen):
+        place = n % documents
+        others = [rows[j] for j in nearest(rows, i, documents - 1)]
+        shown = [*others[:place], rows[i], *others[place:]]
+        found.append(question(rows[i], shown, min(place, len(others)), tokenizer, f"question {i}, {documents} documents"))
+    return found
+
+
+def run(
+    model: Any, tokenizer: Any, data: Path | None, out: Path, *, n: int, documents: int = 8, seed: int = 0, timed: int = 4
+) -> Comparison:
+    """Compare the methods, and plain text with the gold document alone and with none."""
+    given = examples(data, tokenizer, n, documents, seed)
+    file = out / f"documents_{documents}.jsonl"
+    found = compare(model, given, WAYS, ["loss", "right"], tokenizer, timed=timed, path=file)
+    for name, shown in REFERENCES.items():
+        other = [replace(one, documents=shown(one), gold=None) for one in given]
+        path = file.with_name(f"{file.stem}_{name.replace(' ', '_')}.jsonl")
+        found = found.joined(compare(model, other, {name: WAYS["plain"]}, ["loss", "right"], tokenizer, path=path))
+    return found
