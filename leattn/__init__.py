@@ -39,6 +39,7 @@ _HOMES = {
     "generation.forward": ["forward", "warm"],
     "generation.generate": ["generate"],
     "generation.result": ["Generation"],
+    "loading.load": ["load"],
     "compat.le_attention": [
         "upstream_nodes",
         "print_dag",
@@ -80,6 +81,7 @@ __all__ = [
     "generate",
     "generate_flex_attention_mask_mod",
     "interventions",
+    "load",
     "model_inputs",
     "parallel",
     "paraphrase_group",
@@ -126,6 +128,7 @@ if TYPE_CHECKING:
     from leattn.generation.generate import generate
     from leattn.generation.result import Generation
     from leattn.kv.store import KVStore
+    from leattn.loading.load import load
     from leattn.prompt.compile import compile_prompt
     from leattn.prompt.compiled import CompiledPrompt
 

@@ -30,6 +30,7 @@ ROOMS = [
     ["analysis"],
     ["viz"],
     ["tiny"],
+    ["loading"],
     ["compat"],
     ["__init__"],  # a bare `import leattn` reaches everything above
     ["cli"],
