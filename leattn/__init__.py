@@ -44,6 +44,7 @@ _HOMES = {
     "comparison.compare": ["compare"],
     "comparison.comparison": ["Comparison"],
     "comparison.example": ["Example"],
+    "loading.load": ["load"],
     "compat.le_attention": [
         "upstream_nodes",
         "print_dag",
@@ -89,6 +90,7 @@ __all__ = [
     "generate",
     "generate_flex_attention_mask_mod",
     "interventions",
+    "load",
     "methods",
     "model_inputs",
     "parallel",
@@ -142,6 +144,7 @@ if TYPE_CHECKING:
     from leattn.generation.score import score
     from leattn.generation.scores import Scores
     from leattn.kv.store import KVStore
+    from leattn.loading.load import load
     from leattn.prompt.compile import compile_prompt
     from leattn.prompt.compiled import CompiledPrompt
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,7 +28,9 @@ app = typer.Typer(
 PromptFile = Annotated[
     Path, typer.Argument(metavar="FILE", help="A prompt file, YAML or JSON: nodes with id, content, parents.")
 ]
-Model = Annotated[str, typer.Option(help="A folder or a name on the Hugging Face Hub, or 'tiny' for the bundled model.")]
+Model = Annotated[
+    str, typer.Option(help="A folder; 'tiny', the bundled model; 'smollm2', from the package index; or a name on the Hub.")
+]
 Scheme = Annotated[str, typer.Option(help="after_parents, sequential or restart.")]
 Sees = Annotated[str, typer.Option(help="What a node sees: parents or ancestors.")]
 
@@ -88,6 +89,8 @@ def render(
     visibility: Sees = "parents",
 ) -> None:
     """Draw a prompt file."""
+    from leattn.loading.load import load_tokenizer
+
     graph = ICLGraph.from_file(file)
     if kind is Kind.dag:
         leattn.viz.plot_dag(graph, path=output)
@@ -98,7 +101,7 @@ def render(
                 f"node {graph.name(text)!r} holds text, and how many tokens that is depends on the tokenizer; "
                 "give --tokenizer (a folder, a name on the Hub, or 'tiny')"
             )
-        loaded = None if tokenizer is None else _load_tokenizer(tokenizer)
+        loaded = None if tokenizer is None else load_tokenizer(tokenizer)
         prompt = compile_prompt(graph, loaded, positions=positions, visibility=visibility)  # type: ignore[arg-type]
         leattn.viz.plot_mask(prompt, path=output)
     typer.echo(str(output))
@@ -191,9 +194,12 @@ def check(
 
 
 @app.command()
-def demo(out: Annotated[Path, typer.Option(help="Folder for the three pictures.")] = Path("out")) -> None:
-    """Build a graph, print it, run the bundled model on it and draw what it saw."""
-    model, tokenizer = _load("tiny", "cpu", Dtype.auto)
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the three pictures.")] = Path("out"),
+    model: Model = "tiny",
+) -> None:
+    """Build a graph, print it, run a model on it and draw what it saw."""
+    loaded, tokenizer = _load(model, "cpu", Dtype.auto)
     root = bos(tokenizer)
     texts = {
         "atlas": "\nThe capital of Zarvia is Moville.",
@@ -201,7 +207,9 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for the three pictures."
         "other": "\nThe capital of Genia is Lumo.",
     }
     documents = [ICLNode(text, parents=[root], id=name) for name, text in texts.items()]
-    question = ICLNode("\nQ: What is the capital of Zarvia?\nA:", parents=[root, *documents], id="Q")
+    # The bundled model answers in a word; others talk, unless their answer is begun for them.
+    asked = "\nQ: {}\nA:" if model == "tiny" else "\nQuestion: {}\nAnswer: The capital of Zarvia is"
+    question = ICLNode(asked.format("What is the capital of Zarvia?"), parents=[root, *documents], id="Q")
 
     graph = ICLGraph(question)
     typer.echo(f"The graph: Q sees three documents, which do not see one another.\n\n{graph}\n")
@@ -216,7 +224,7 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for the three pictures."
         ("Q sees rumour, not atlas", prompt.without_edge("Q", "atlas"), "Pardan"),
         ("Q sees neither", atlas_only.without_edge("Q", "atlas"), None),
     ):
-        answer = leattn.generate(model, edited, max_new_tokens=1).text.strip()
+        answer = leattn.generate(loaded, edited, max_new_tokens=6).text.partition(".")[0].strip()
         verdict = f"right answer: {right}" if right else "nothing in sight says it: a guess"
         typer.echo(f"  {label:<26}answer: {answer:<10}{verdict}")
 
@@ -224,7 +232,7 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for the three pictures."
     pictures = {"dag.png": "who sees whom", "mask.png": "the same on tokens", "attention.png": "where the model looked"}
     leattn.viz.plot_dag(atlas_only, path=out / "dag.png")
     leattn.viz.plot_mask(atlas_only, path=out / "mask.png")
-    _plot_attention(model, atlas_only, out / "attention.png")
+    _plot_attention(loaded, atlas_only, out / "attention.png")
     typer.echo("\nPictures of the first of these:")
     width = max(len(str(out / name)) for name in pictures)
     for name, what in pictures.items():
@@ -242,40 +250,14 @@ def _plot_attention(model: Any, prompt: CompiledPrompt, path: Path) -> None:
 
 def _load(name: str, device: str, dtype: Dtype) -> tuple[Any, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, ready to run."""
-    import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model: Any
-    tokenizer: PreTrainedTokenizerBase
-    if name == "tiny":
-        model, tokenizer = leattn.tiny.load()
-        model = model if dtype is Dtype.auto else model.to(getattr(torch, dtype.value))
-    else:
-        model = _pretrained(AutoModelForCausalLM, name, dtype=dtype.value)
-        tokenizer = _load_tokenizer(name)
+    model, tokenizer = leattn.load(name, dtype=dtype.value)
     try:
-        return model.to(device).eval(), tokenizer
+        return model.to(device), tokenizer
     except (RuntimeError, AssertionError) as error:
         raise LeattnError(f"device {device!r} cannot be used: {error}; give --device cpu, or another") from error
-
-
-def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    tokenizer: PreTrainedTokenizerBase = leattn.tiny.load()[1] if name == "tiny" else _pretrained(AutoTokenizer, name)
-    return tokenizer
-
-
-def _pretrained(auto: Any, name: str, **options: Any) -> Any:
-    """``auto.from_pretrained``, whose many kinds of failure become one that names the model."""
-    load: Callable[..., Any] = auto.from_pretrained
-    try:
-        return load(name, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LeattnError(f"cannot load {name!r}: {reason} Give a folder with a model, a name on the Hub, or 'tiny'") from error
 
 
 if __name__ == "__main__":

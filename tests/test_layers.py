@@ -33,6 +33,7 @@ ROOMS = [
     ["comparison"],
     ["viz"],
     ["tiny"],
+    ["loading"],
     ["compat"],
     ["__init__"],  # a bare `import leattn` reaches everything above
     ["cli"],

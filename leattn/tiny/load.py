@@ -16,8 +16,8 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bar of transformers: three megabytes are there at once."""
+def quiet() -> Iterator[None]:
+    """Without the progress bars of transformers: what is on this disk is there at once."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -81,7 +81,7 @@ def load(path: str | Path = WEIGHTS) -> tuple[LlamaForCausalLM, PreTrainedTokeni
         raise LeattnError(
             f"no weights in {path}; reinstall leattn, or run `python -m bundled_model --out {path}` in a checkout of it"
         )
-    with _quiet():
+    with quiet():
         model = LlamaForCausalLM.from_pretrained(path, local_files_only=True, dtype=torch.float32)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
     model.train(False)
