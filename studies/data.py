@@ -1,9 +1,10 @@
 """Where examples come from: folders of JSON lines, and a few of our own making for tests.
 
-``nq_open.jsonl`` has ``question``, ``answers``, ``title`` and ``text`` of the passage that holds an answer (Natural Questions as
-the lost-in-the-middle study cuts them, github.com/nelson-liu/lost-in-the-middle). ``NAME_train.jsonl`` and ``NAME_test.jsonl``
-have ``text`` and ``label``: SST-2 (``sst2``), TREC (``trec``) and AG News (``agnews``), each on the Hugging Face Hub under that
-name. Without a folder, there are six made-up questions and twelve made-up reviews, to see that everything runs.
+``nq_open.jsonl`` has ``question``, ``answers``, ``title`` and ``text`` of the passage that holds an answer: Natural Questions,
+as the lost-in-the-middle study cuts them (github.com/nelson-liu/lost-in-the-middle). ``NAME_train.jsonl`` and
+``NAME_test.jsonl`` have ``text`` and ``label``: SST-2 (``sst2``), TREC (``trec``) and AG News (``agnews``), each on the Hugging
+Face Hub under that name. Without a folder, there are six made-up questions and twelve made-up reviews, to see that everything
+runs.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rank_bm25 import BM25Okapi
 
 from leattn.errors import LeattnError
 
 LANDS = ("Zarvia", "Genia", "Aldia", "Toria", "Belmar", "Ostia")
 CITIES = ("Lumo", "Pardan", "Vex", "Mirelle", "Sorn", "Quill")
-OWN = {
+OWN: dict[str, list[dict[str, Any]]] = {
     "nq_open": [
         {
             "question": f"what is the capital of {land}",
@@ -60,22 +63,23 @@ def read(folder: Path | None, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def nearest(rows: Sequence[dict[str, Any]], of: int, count: int) -> list[int]:
-    """The passages that look most like the answer to question ``of`` and hold none of its answers, best first: by BM25.
+class Nearest:
+    """The passages that look most like the answer to a question and hold none of its answers: random ones are too easy.
 
-    Random distractors are too easy. Robertson and Zaragoza, "The Probabilistic Relevance Framework", 2009, k1 = 1.5, b = 0.75.
+    By BM25 (Robertson and Zaragoza, "The Probabilistic Relevance Framework", 2009), as rank-bm25 has it.
     """
-    import bm25s
 
-    if not hasattr(nearest, "index") or nearest.rows is not rows:
-        index = bm25s.BM25()
-        index.index([_words(f"{row['title']} {row['text']}") for row in rows], show_progress=False)
-        nearest.index, nearest.rows = index, rows
-    scores = nearest.index.get_scores(_words(rows[of]["question"]))
-    answers = [answer.lower() for answer in rows[of]["answers"]]
-    ranked = (int(i) for i in np.argsort(-scores, kind="stable"))
-    fit = (i for i in ranked if i != of and not any(answer in rows[i]["text"].lower() for answer in answers))
-    return [i for i, _ in zip(fit, range(count), strict=False)]
+    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.rows = rows
+        self._index = BM25Okapi([_words(f"{row['title']} {row['text']}") for row in rows])
+
+    def to(self, of: int, count: int) -> list[int]:
+        """Indices of passages, best first."""
+        scores = self._index.get_scores(_words(self.rows[of]["question"]))
+        answers = [answer.lower() for answer in self.rows[of]["answers"]]
+        ranked = (int(i) for i in np.argsort(-scores, kind="stable"))
+        fit = (i for i in ranked if i != of and not any(answer in self.rows[i]["text"].lower() for answer in answers))
+        return list(islice(fit, count))
 
 
 def _words(text: str) -> list[str]:

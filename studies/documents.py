@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,14 @@ from typing import Any
 from leattn.comparison.compare import compare
 from leattn.comparison.comparison import Comparison
 from leattn.comparison.example import Example
-from studies.data import nearest, read
+from leattn.dag.builders import Content
+from studies.data import Nearest, read
 from studies.prompts import WAYS, question
 
-REFERENCES = {"gold alone": lambda example: [example.documents[example.gold]], "no document": lambda example: []}
+REFERENCES: dict[str, Callable[[Example], list[Content]]] = {
+    "gold alone": lambda one: [] if one.gold is None else [one.documents[one.gold]],
+    "no document": lambda _: [],
+}
 """What plain text gives with the one document that holds the answer, and with none."""
 
 
@@ -21,10 +26,11 @@ def examples(data: Path | None, tokenizer: Any, count: int, documents: int, seed
     """Questions, each behind the passage that holds its answer and its nearest rivals, the gold one at every place in turn."""
     rows = read(data, "nq_open")
     chosen = random.Random(seed).sample(range(len(rows)), min(count, len(rows)))
+    rivals = Nearest(rows)
     found = []
     for n, i in enumerate(chosen):
         place = n % documents
-        others = [rows[j] for j in nearest(rows, i, documents - 1)]
+        others = [rows[j] for j in rivals.to(i, documents - 1)]
         shown = [*others[:place], rows[i], *others[place:]]
         found.append(question(rows[i], shown, min(place, len(others)), tokenizer, f"question {i}, {documents} documents"))
     return found

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from leattn.comparison.compare import Method
 from leattn.comparison.example import Example
+from leattn.dag.builders import Content, parallel
+from leattn.dag.node import ICLNode
+from leattn.dag.reading import read
 from leattn.methods import METHODS, ape, plain
 from leattn.methods.structured import structured
+from leattn.prompt.compile import compile_prompt
+from leattn.prompt.compiled import CompiledPrompt
 
 TASK = "Answer the question in a few words, using the documents.\n"
 MARK = "\u2063"
@@ -54,20 +61,15 @@ def classified(task: str, row: dict[str, Any], demonstrations: Sequence[dict[str
     return Example(shown.format(**row), demos, header, choices=choices, right=labels.index(row["label"]), id=name)
 
 
-def weighted(header: Any, documents: Any, question: Any, tokenizer: Any = None) -> Any:
+def weighted(header: Content, documents: Sequence[Content], question: Content, tokenizer: Any = None) -> CompiledPrompt:
     """Shared positions, and all documents as one group that weighs 1/K: log-weight −log K."""
-    import math
-
-    from leattn import ICLNode, compile_prompt, parallel
-    from leattn import read as reading
-
     first = ICLNode(header, id="header")
     docs = parallel(list(documents), [first], special_tokens="text")
-    last = ICLNode(question, [first, reading(docs, log_weight=-math.log(len(docs)))], id="question")
+    last = ICLNode(question, [first, read(docs, log_weight=-math.log(len(docs)))], id="question")
     return compile_prompt(last, tokenizer)
 
 
-WAYS = {
+WAYS: dict[str, Method] = {
     "plain": plain,
     "pcw": METHODS["pcw"],
     "numbered": METHODS["numbered"],
