@@ -12,6 +12,9 @@ from leattn.comparison.example import Example
 from studies.data import balanced, read
 from studies.prompts import WAYS, classified
 
+METHODS = {name: way for name, way in WAYS.items() if name != "superposition"}
+"""All but the one that looks for a single document: every demonstration counts."""
+
 
 def examples(
     data: Path | None, tokenizer: Any, task: str, count: int, shots: int, draws: int, orders: int, seed: int
@@ -47,4 +50,4 @@ def run(
     """Compare the methods on one task."""
     given = examples(data, tokenizer, task, n, shots, draws, orders, seed)
     file = out / f"demonstrations_{task}_{shots}_{orders}.jsonl"
-    return compare(model, given, WAYS, ["accuracy"], tokenizer, timed=timed, chunk=max(8, n), path=file)
+    return compare(model, given, METHODS, ["accuracy"], tokenizer, timed=timed, chunk=max(8, n), path=file)

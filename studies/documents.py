@@ -25,10 +25,11 @@ REFERENCES: dict[str, Callable[[Example], list[Content]]] = {
 def examples(data: Path | None, tokenizer: Any, count: int, documents: int, seed: int) -> list[Example]:
     """Questions, each behind the passage that holds its answer and its nearest rivals, the gold one at every place in turn."""
     rows = read(data, "nq_open")
-    chosen = random.Random(seed).sample(range(len(rows)), min(count, len(rows)))
+    chosen = list(range(len(rows)))
+    random.Random(seed).shuffle(chosen)  # so that fewer are the first of more
     rivals = Nearest(rows)
     found = []
-    for n, i in enumerate(chosen):
+    for n, i in enumerate(chosen[:count]):
         place = n % documents
         others = [rows[j] for j in rivals.to(i, documents - 1)]
         shown = [*others[:place], rows[i], *others[place:]]

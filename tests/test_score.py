@@ -225,3 +225,31 @@ def test_operations_hold():
         found = score(model, [nodes[-1] for nodes in several], CHOICES, progress=False).logprobs
     for one, other in zip(found, expected, strict=True):
         assert one == pytest.approx(other, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"do_sample": True, "seed": 3, "temperature": 2.0}, {"num_beams": 3, "num_return_sequences": 2}, {"kv_store": None}],
+    ids=["greedy", "sampled", "beams", "store"],
+)
+def test_generations_carry_log_probabilities_on_request(options):
+    model, (nodes, *_) = shared_model("llama"), items()
+    options = {name: KVStore() if name == "kv_store" else value for name, value in options.items()}
+    result = generate(model, nodes[-1], max_new_tokens=4, logprobs=True, **options)
+    assert len(result.sequences) == options.get("num_return_sequences", 1)
+    for sequence in result.sequences:
+        assert (sequence.logprobs - plain(model, nodes, sequence.token_ids.tolist())).abs().max() < 1e-4
+    assert generate(model, nodes[-1], max_new_tokens=4).sequences[0].logprobs is None
+
+
+def test_programs_carry_them_too():
+    model, (header, *demos, ask) = shared_model("llama"), items()[0]
+    other = ICLNode([60, 61], [header], "other")
+    for options in ({}, {"do_sample": True, "seed": 3}):
+        result = generate(model, ICLGraph(ask, other), max_new_tokens=4, logprobs=True, **options)
+        for nodes in ([header, *demos, ask], [header, other]):
+            (sequence,) = result.branches[nodes[-1].id]
+            assert (sequence.logprobs - plain(model, nodes, sequence.token_ids.tolist())).abs().max() < 1e-4
+    ends = result.branches["other"][0].token_ids.tolist()[1]
+    cut = generate(model, ICLGraph(ask, other), max_new_tokens=4, logprobs=True, eos_token_id=ends, **options)
+    assert len(cut.branches["other"][0].logprobs) == len(cut.branches["other"][0].token_ids) == 1

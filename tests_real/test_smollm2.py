@@ -133,6 +133,31 @@ def test_a_reading_gives_what_attention_by_hand_gives(model, graph, monkeypatch)
     assert (plain - expected).abs().max() / expected.abs().max() > 1e-2
 
 
+def test_what_ape_writes_is_what_attention_by_hand_goes_on_with(graph, tokenizer, monkeypatch):
+    """With the published defaults; what is generated reads the documents as the question does."""
+    root, *documents = graph.parents
+    eager, _ = leattn.load("smollm2", attn_implementation="eager")
+    prompt = leattn.methods.ape(root.content, [document.content for document in documents], graph.content, tokenizer)
+    new = leattn.generate(eager, prompt, max_new_tokens=5).token_ids.tolist()
+    grown = ICLNode([*graph.content, *new], graph.parents, id="Q")
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", read_by_hand(grown, 0.9, 0.9))
+    expected = by_hand(eager, [*grown.parents, grown])[0]
+    assert expected[-6:-1].argmax(-1).tolist() == new
+    scores = leattn.score(eager, prompt, [new]).token_logprobs[0]
+    assert (scores - expected[-6:-1].double().log_softmax(-1).gather(1, torch.tensor(new)[:, None])[:, 0]).abs().max() < 1e-4
+
+
+def test_scores_are_those_of_the_plain_model(model, tokenizer, graph):
+    texts = [" seven", " noon.", " seven in the morning"]
+    found = leattn.score(model, graph, texts, tokenizer)
+    for text, scores in zip(texts, found.token_logprobs, strict=True):
+        more = ids(tokenizer, text)
+        grown = ICLNode([*graph.content, *more], graph.parents, id="Q")
+        rows = by_hand(model, [*graph.parents, grown])[0, -len(more) - 1 : -1].double().log_softmax(-1)
+        assert (scores - rows.gather(1, torch.tensor(more)[:, None])[:, 0]).abs().max() < 1e-4
+    assert found.best() in (0, 2)
+
+
 def test_what_is_reused_is_what_is_computed(model, graph):
     store = KVStore()
     root, *documents = graph.parents

@@ -28,6 +28,8 @@ class Branch:
         ``[1, n]``, the ids that logits processors see in front of its own.
     processors
         What changes scores ``[1, V]`` before a choice.
+    logprobs
+        Whether to keep how likely each token was, before anything changed the scores.
     criteria
         The caller's stopping criteria.
 
@@ -53,9 +55,11 @@ class Branch:
         criteria: Sequence[Any],
         do_sample: bool,
         seed: int,
+        logprobs: bool = False,
     ) -> None:
         self.name = name
         self.ids: list[int] = []
+        self._logprobs: list[float] | None = [] if logprobs else None
         self.text = ""
         self.finished = limit == 0
         self._limit, self._ends, self._stop, self._decode = limit, ends, tuple(stop), decode
@@ -66,6 +70,7 @@ class Branch:
     def choose(self, logits: Tensor, likeliest: int | None = None) -> None:
         """Go on with a token chosen from logits ``[V]``; ``likeliest`` is the largest one's, where it is known."""
         if likeliest is not None and not (self._do_sample or self._processors or self._criteria):
+            self._keep(logits, likeliest)
             self.accept(likeliest)
             return
         scores = self._processors(self._seen, logits[None].to(torch.float32, copy=True))
@@ -74,6 +79,7 @@ class Branch:
         else:
             token = scores.argmax(-1, keepdim=True)
         self._seen = torch.cat([self._seen, token], 1)
+        self._keep(logits, int(token))
         self.accept(int(token))
         if not self.finished and any(bool(torch.as_tensor(stops(self._seen, scores)).any()) for stops in self._criteria):
             self.finish()
@@ -88,6 +94,15 @@ class Branch:
             return
         if len(self.ids) == self._limit:
             self.finish()
+
+    @property
+    def logprobs(self) -> Tensor | None:
+        """Of the ids that stand, in nats, float64 ``[n]``; None if they were not asked for."""
+        return None if self._logprobs is None else torch.tensor(self._logprobs[: len(self.ids)], dtype=torch.float64)
+
+    def _keep(self, logits: Tensor, token: int) -> None:
+        if self._logprobs is not None:
+            self._logprobs.append(float(logits.float().log_softmax(-1)[token]))
 
     def finish(self) -> None:
         """Nothing more is written."""

@@ -49,6 +49,7 @@ def generate(
     progress: bool = False,
     token_budget: int | None = None,
     on_interrupt: OnInterrupt = "raise",
+    logprobs: bool = False,
     **hf_generate_kwargs: Any,
 ) -> Generation | list[Generation]:
     """Continue the sinks of a graph, or write its ``GenNode`` s.
@@ -88,6 +89,8 @@ def generate(
         Programs only: how many tokens one step feeds at most, which bounds its memory; branches past it wait.
     on_interrupt
         Programs only: ``"return"`` gives what was written so far after a keyboard interrupt, with ``complete`` False.
+    logprobs
+        Whether ``result.sequences`` have the log-probabilities of their tokens.
     **hf_generate_kwargs
         Everything that ``model.generate`` takes: ``max_new_tokens``, ``do_sample``, ``num_beams``, ``num_return_sequences``,
         ``stopping_criteria``, ``logits_processor``, ``assistant_model``, ``use_cache``, … but what a :class:`Generation` has no
@@ -159,6 +162,7 @@ def generate(
             seed=seed,
             streamer=streamer,
             config=hf_generate_kwargs,
+            logprobs=logprobs,
             **for_programs,  # type: ignore[arg-type]
         )
     else:
@@ -168,7 +172,7 @@ def generate(
         if streamer is not None:
             hf_generate_kwargs["streamer"] = streamer
         results = continue_sinks(
-            model, single, reader, backend=backend, kv_store=kv_store, seed=seed, options=hf_generate_kwargs
+            model, single, reader, backend=backend, kv_store=kv_store, seed=seed, options=hf_generate_kwargs, logprobs=logprobs
         )
     return results if is_batch else results[0]
 

@@ -20,11 +20,14 @@ from leattn.table import html_table
 class Sequence:
     """One continuation of one branch: ``token_ids`` ``[n]`` without a trailing EOS or a matched stop string, and their text.
 
-    The text goes up to a matched stop string; the ids end at the last token boundary before it.
+    The text goes up to a matched stop string; the ids end at the last token boundary before it. ``logprobs``, if asked for, are
+    the log-probabilities of the ids in nats, float64 ``[n]``, each given those before it: the model's own, before a temperature
+    or anything else changed them.
     """
 
     text: str
     token_ids: Tensor
+    logprobs: Tensor | None = None
 
 
 @dataclass(frozen=True)

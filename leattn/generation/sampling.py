@@ -26,8 +26,8 @@ class Sampling:
         An option that nobody knows, or one that is about a single sequence: beams, return sequences, assistants.
     """
 
-    def __init__(self, model: Any, options: Mapping[str, Any], device: torch.device) -> None:
-        self.model, self.device, self.given = model, device, dict(options)
+    def __init__(self, model: Any, options: Mapping[str, Any], device: torch.device, *, logprobs: bool = False) -> None:
+        self.model, self.device, self.given, self.logprobs = model, device, dict(options), logprobs
         self.criteria = list(self.given.get("stopping_criteria") or [])
         self._options: dict[str, Options] = {}
         self.stop = self.options({}).stop
@@ -55,6 +55,7 @@ class Sampling:
             criteria=self.criteria,
             do_sample=bool(options.config.do_sample),
             seed=branch_seed(seed, name),
+            logprobs=self.logprobs,
         )
 
     def limit(self, own: Mapping[str, Any], prompt_length: int) -> int:

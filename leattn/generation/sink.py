@@ -34,11 +34,14 @@ def continue_sinks(
     kv_store: KVStore | None,
     seed: int | None,
     options: dict[str, Any],
+    logprobs: bool = False,
 ) -> list[Generation]:
     """One generation per prompt; several prompts are a batch, padded on the left. With a store there is one prompt."""
     record = Model.of(model)
     asked = Options(model, options, "one sink" if kv_store is None else "one sink and a store")
     arguments = asked.for_transformers(tokenizer)
+    if logprobs:
+        arguments |= {"output_logits": True, "return_dict_in_generate": True}
     longest = max(len(prompt) for prompt in prompts)
     record.facts.check_positions(prompts, new_tokens=asked.new_tokens(longest))
     started = time.perf_counter()
@@ -57,7 +60,16 @@ def continue_sinks(
         work.remember(len(prompts[0].graph) - 1, arguments["past_key_values"], sink)
         cost = replace(cost, computed=cost.computed + work.computed, reused=work.reused, steps=cost.steps + work.block.forwards)
     rows = output if isinstance(output, Tensor) else output.sequences
-    return _results(prompts, rows, block, asked, cost)
+    return _results(prompts, rows, block, asked, cost, _logprobs(model, output) if logprobs else None)
+
+
+def _logprobs(model: Any, output: Any) -> Tensor:
+    """Of every new token of every row, as the model itself has them, ``[rows, new]``."""
+    logits = tuple(step.double() for step in output.logits)
+    found: Tensor = model.compute_transition_scores(
+        output.sequences, logits, getattr(output, "beam_indices", None), normalize_logits=True
+    )
+    return found.cpu()
 
 
 def _filled(model: Any, record: Model, prompt: CompiledPrompt, backend: str | Backend, store: KVStore) -> Session:
@@ -80,7 +92,9 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _results(prompts: Sequence[CompiledPrompt], rows: Tensor, block: Block, asked: Options, cost: Stats) -> list[Generation]:
+def _results(
+    prompts: Sequence[CompiledPrompt], rows: Tensor, block: Block, asked: Options, cost: Stats, logprobs: Tensor | None
+) -> list[Generation]:
     """Split the rows ``[P × sequences, columns]`` by prompt; cut off the prompt, an EOS and what follows, and a stop string."""
     ends = torch.tensor(asked.ends, dtype=torch.long)
     per_prompt = len(rows) // len(prompts)
@@ -89,11 +103,12 @@ def _results(prompts: Sequence[CompiledPrompt], rows: Tensor, block: Block, aske
     for p, prompt in enumerate(prompts):
         sequences = []
         decode = decoder(prompt.tokenizer)
-        for row in new[p * per_prompt : (p + 1) * per_prompt]:
+        for i in range(p * per_prompt, (p + 1) * per_prompt):
+            row = new[i]
             stops = torch.isin(row, ends).nonzero()
             ids = row[: int(stops[0])] if len(stops) else row
             text, kept = cut_at_stop(ids.tolist(), decode(ids.tolist()), asked.stop, decode)
-            sequences.append(Continuation(text, ids[:kept]))
+            sequences.append(Continuation(text, ids[:kept], None if logprobs is None else logprobs[i, :kept]))
         stats = replace(cost, generated=sum(len(sequence.token_ids) for sequence in sequences))
         sink = prompt.graph.names[prompt.graph.sinks[0]]
         results.append(Generation(prompt.graph, prompt, {sink: tuple(sequences)}, block.backend.name, stats))

@@ -14,7 +14,7 @@ from leattn.attention.request import Backend
 from leattn.dag.graph import ICLGraph
 from leattn.dag.node import Position
 from leattn.errors import LeattnError, choices
-from leattn.generation.branch import decoder
+from leattn.generation.branch import Branch, decoder
 from leattn.generation.program import Part, Program, build
 from leattn.generation.result import Generation, Stats
 from leattn.generation.result import Sequence as Continuation
@@ -46,6 +46,7 @@ def write_together(
     token_budget: int | None,
     on_interrupt: OnInterrupt,
     config: Mapping[str, Any],
+    logprobs: bool,
 ) -> list[Generation]:
     """One generation per target; all of them run in one sequence."""
     if streamer is not None and (hasattr(streamer, "put") or not callable(streamer)):
@@ -59,7 +60,7 @@ def write_together(
         raise LeattnError(choices("on_interrupt", on_interrupt, ("raise", "return")))
     record = Model.of(model)
     program, parts = build(targets, tokenizer, positions=positions, visibility=visibility, by_node=is_intervened(record))
-    sampling = Sampling(model, config, record.device)
+    sampling = Sampling(model, config, record.device, logprobs=logprobs)
     readers = {i: tokenizer if part.prompt is None else part.prompt.tokenizer for part in parts for i in part.branches.values()}
     if any(reader is None and (sampling.stop or program.units[i].stop) for i, reader in readers.items()):
         raise LeattnError("stop strings are text, and there is no tokenizer to decode with; give one, or use eos_token_id")
@@ -107,13 +108,13 @@ def write_together(
 
 
 def _generation(part: Part, run: Schedule, backend: str, stats: Stats, complete: bool) -> Generation:
-    branches = {
-        name: (Continuation(run.branches[i].text, torch.tensor(run.branches[i].ids, dtype=torch.long)),)
-        for name, i in part.branches.items()
-        if i in run.branches
-    }
+    branches = {name: (_written(run.branches[i]),) for name, i in part.branches.items() if i in run.branches}
     headers = {name: run.program.units[i].ids for name, i in part.branches.items()}
     return Generation(part.graph, part.prompt, branches, backend, stats, headers, complete)
+
+
+def _written(branch: Branch) -> Continuation:
+    return Continuation(branch.text, torch.tensor(branch.ids, dtype=torch.long), branch.logprobs)
 
 
 def _last_position(program: Program, sampling: Sampling) -> int:
