@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
 import sys
 import threading
 
 import peft
 import pytest
 import torch
+from forks import in_another_process
 from models import make_model
 
 import leattn
@@ -205,19 +204,19 @@ def test_many_writers_leave_whole_files(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["one.json"]
 
 
-def test_it_survives_the_process(tmp_path):
+def sparse_works(known):
+    """With ``known`` it may not try."""
+    if known:
+
+        def never(*args):
+            raise AssertionError("tried again")
+
+        sys.modules["leattn.attention.probe"]._found_out = never
+    with torch.compiler.set_stance("force_eager"):
+        return leattn.check_model(make_model("llama"))["sparse"].works
+
+
+def test_it_survives_the_process():
     """Not tried again: the second process may not run the model at all."""
-    code = (
-        "import sys, torch, leattn; sys.path.insert(0, 'tests'); from models import make_model\n"
-        "model = make_model('llama')\n"
-        "if sys.argv[1] == 'second':\n"
-        "    import transformers.models.llama.modeling_llama as library\n"
-        "    from leattn.attention import probe\n"
-        "    def never(*args): raise SystemExit('tried again')\n"
-        "    probe._found_out = never\n"
-        "with torch.compiler.set_stance('force_eager'): print(leattn.check_model(model)['sparse'].works)\n"
-    )
-    for which in ("first", "second"):
-        environment = {**os.environ, "LEATTN_CACHE": str(tmp_path)}
-        done = subprocess.run([sys.executable, "-c", code, which], env=environment, capture_output=True, text=True, check=False)
-        assert done.stdout.strip() == "True", done.stderr
+    assert in_another_process(sparse_works, False) is True
+    assert in_another_process(sparse_works, True) is True
