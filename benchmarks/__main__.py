@@ -15,11 +15,19 @@ import torch
 import transformers
 
 import leattn
-from benchmarks import attention, branches, cached, plain, planning, readings
+from benchmarks import attention, branches, cached, plain, planning, readings, scores
 from benchmarks.row import FULL, QUICK, Effort, Result, Row
 from benchmarks.table import judgement, number
 
-ROWS: tuple[Row, ...] = (*attention.ROWS, *plain.ROWS, *cached.ROWS, *branches.ROWS, *planning.ROWS, *readings.ROWS)
+ROWS: tuple[Row, ...] = (
+    *attention.ROWS,
+    *plain.ROWS,
+    *cached.ROWS,
+    *branches.ROWS,
+    *planning.ROWS,
+    *readings.ROWS,
+    *scores.ROWS,
+)
 
 
 def select(names: Iterable[str]) -> list[Row]:

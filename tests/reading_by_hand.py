@@ -13,12 +13,14 @@ import torch
 from oracles import positions, relation, tokens_of
 
 
-def turned(key, shift, theta):
-    """A key ``[D]`` that stands ``shift`` positions further on: pairs (i, i + D/2) turned by shift · theta^(−2i/D)."""
-    half = len(key) // 2
-    angles = shift * theta ** (-torch.arange(half, dtype=torch.float64) * 2 / len(key))
-    first, second = key[:half].double(), key[half:].double()
-    return torch.cat([first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()])
+def turned(keys, shift, theta):
+    """Keys ``[n, D]`` that stand ``shift`` positions further on: pairs (i, i + D/2) turned by shift · theta^(−2i/D)."""
+    half = keys.shape[-1] // 2
+    angles = torch.as_tensor(shift, dtype=torch.float64)[..., None] * theta ** (
+        -2 * torch.arange(half).double() / keys.shape[1]
+    )
+    first, second = keys[:, :half].double(), keys[:, half:].double()
+    return torch.cat([first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], 1)
 
 
 def theta_of(config, kind):
@@ -26,13 +28,13 @@ def theta_of(config, kind):
 
 
 def row_of(q, k, v, seen, groups, scaling, theta, layer, head, softcap=None, sink=None):
-    """One query's output, and its weights by key. ``seen``: key indices; ``groups``: (indices by reading, reading)."""
+    """One query's output ``[D]``, and its weights by key ``[K]``. ``seen``: key indices; ``groups``: (indices, reading)."""
 
-    def met(key):
-        plain = float(q.double() @ key.double()) * scaling
-        return plain if softcap is None else softcap * math.tanh(plain / softcap)
+    def met(keys):
+        plain = keys.double() @ q.double() * scaling
+        return plain if softcap is None else softcap * torch.tanh(plain / softcap)
 
-    logs = {}
+    logs = torch.full([len(k)], -math.inf, dtype=torch.float64)  # of keys that are not seen
     left = set(seen)
     for members, how in groups:
         holds = (how.layers is None or layer in how.layers) and (how.heads is None or head in how.heads)
@@ -40,16 +42,15 @@ def row_of(q, k, v, seen, groups, scaling, theta, layer, head, softcap=None, sin
         if not holds or not members:
             continue
         left -= set(members)
-        scores = [met(turned(k[j], how.shift, theta)) / how.temperature for j in members]
-        total = math.log(sum(math.exp(score) for score in scores))
-        for j, score in zip(members, scores, strict=True):
-            # exp(σ·τ·L + b) for the group, shared out as its own softmax says
-            logs[j] = how.scale * how.temperature * total + how.log_weight + score - total
-    for j in left:
-        logs[j] = met(k[j])
-    weights = {j: math.exp(log) for j, log in logs.items()}
-    whole = sum(weights.values()) + (0 if sink is None else math.exp(sink))
-    return sum(weights[j] / whole * v[j].double() for j in weights), {j: weight / whole for j, weight in weights.items()}
+        scores = met(turned(k[members], how.shift, theta)) / how.temperature
+        total = scores.exp().sum().log()
+        # exp(σ·τ·L + b) for the group, shared out as its own softmax says
+        logs[members] = how.scale * how.temperature * total + how.log_weight + scores - total
+    left = sorted(left)
+    logs[left] = met(k[left])
+    weights = logs.exp()
+    shares = weights / (weights.sum() + (0 if sink is None else math.exp(sink)))
+    return shares @ v.double(), shares
 
 
 def logits(model, nodes, *, visibility="parents", where=None, weights=None, turns=False):
@@ -71,31 +72,25 @@ def logits(model, nodes, *, visibility="parents", where=None, weights=None, turn
         theta = theta_of(config, types[layer])
         heads, groups = query.shape[1], key.shape[1]
         if turns:
-            query, key = (
-                torch.stack([torch.stack([turned(x[i], at[i], theta) for i in range(len(at))]) for x in states[0]])[None]
-                for states in (query, key)
-            )
+            query, key = (torch.stack([turned(x, at, theta) for x in states[0]])[None] for states in (query, key))
         output = torch.zeros(1, len(tokens), heads, value.shape[-1])
-        for head in range(heads):
-            k, v = key[0, head // (heads // groups)], value[0, head // (heads // groups)]
-            for i, (node, place) in enumerate(tokens):
-                shift_of = {other: group.reading.shift for group in node.readings for other in group.nodes}
-                seen = []
-                for j, (other, there) in enumerate(tokens):
-                    if (there <= place) if other is node else other in sees[node]:
-                        further = shift_of.get(other, 0)
-                        if window is None or at[i] - (at[j] + further) < window:
-                            seen.append(j)
-                named = [
-                    ([j for j, (other, _) in enumerate(tokens) if other in group.nodes], group.reading)
-                    for group in node.readings
-                ]
+        for i, (node, place) in enumerate(tokens):
+            shift_of = {other: group.reading.shift for group in node.readings for other in group.nodes}
+            seen = []
+            for j, (other, there) in enumerate(tokens):
+                if (there <= place) if other is node else other in sees[node]:
+                    further = shift_of.get(other, 0)
+                    if window is None or at[i] - (at[j] + further) < window:
+                        seen.append(j)
+            named = [
+                ([j for j, (other, _) in enumerate(tokens) if other in group.nodes], group.reading) for group in node.readings
+            ]
+            for head in range(heads):
+                k, v = key[0, head // (heads // groups)], value[0, head // (heads // groups)]
                 row = row_of(query[0, head, i], k, v, seen, named, scaling, theta, layer, head, softcap)
                 output[0, i, head], shares = row
                 if weights is not None:
-                    row = weights.setdefault((layer, head), torch.zeros(len(tokens), len(tokens)))[i]
-                    for j, share in shares.items():
-                        row[j] = share
+                    weights.setdefault((layer, head), torch.zeros(len(tokens), len(tokens)))[i] = shares
         return output, None
 
     library = sys.modules[type(model).__module__]

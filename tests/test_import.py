@@ -19,44 +19,71 @@ def in_a_fresh_interpreter(source):
     return json.loads(run.stdout.splitlines()[-1])
 
 
-LOADED = f"print(json.dumps([name for name in {HEAVY} if name in sys.modules]))"
-
-
-def test_importing_loads_nothing_heavy():
-    assert in_a_fresh_interpreter(f"import json, sys, leattn; dir(leattn); {LOADED}") == []
-
-
-def test_writing_and_compiling_a_graph_loads_nothing_heavy():
-    source = f"""
+@pytest.fixture(scope="module")
+def loaded():
+    """The heavy modules that are there after each of these steps, taken one after the other."""
+    steps = f"""
 import json, sys
+loaded = {{}}
+def now(step):
+    loaded[step] = [name for name in {HEAVY} if name in sys.modules]
+import leattn
+dir(leattn)
+now("leattn")
+import torch.nn.attention.flex_attention
+now("torch")
+import leattn.viz, leattn.viz.fold
+now("viz")
+import leattn.tiny
+now("tiny")
 from leattn import ICLNode, ICLGraph, compile_prompt
 a = ICLNode([1, 2], id="a")
 prompt = compile_prompt(ICLGraph(ICLNode([3], [a], id="b")))
 str(prompt), prompt.dense_mask(), prompt.block_mask(), prompt.without_edge("b", "a")
-{LOADED}
+now("a graph")
+print(json.dumps(loaded))
 """
+    return in_a_fresh_interpreter(steps)
+
+
+def test_importing_loads_nothing_heavy(loaded):
+    assert loaded["leattn"] == []
+
+
+@pytest.mark.parametrize("step", ["viz", "tiny", "a graph"])
+def test_pictures_the_bundled_model_and_compiling_a_graph_load_nothing_heavy(step, loaded):
     # torch itself may bring what it likes.
-    alone = in_a_fresh_interpreter(f"import json, sys, torch.nn.attention.flex_attention; {LOADED}")
-    assert set(in_a_fresh_interpreter(source)) <= set(alone)
+    assert loaded[step] == loaded["torch"]
+    assert not {"transformers", "matplotlib", "daft"} & set(loaded[step])
 
 
-def test_importing_registers_nothing_with_transformers():
+@pytest.fixture(scope="module")
+def with_transformers():
     source = """
-import json
+import json, sys
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
 def state():
     return {name: id(registry[name]) for registry in (masks, functions) for name in registry.keys()}, len(masks), len(functions)
 before = state()
-import leattn
+import leattn.analysis
+pictures = [name for name in ("matplotlib", "daft", "pandas") if name in sys.modules]
 for name in leattn.__all__:
     try:
         getattr(leattn, name)
     except ModuleNotFoundError:
         pass
-print(json.dumps(state() == before))
+print(json.dumps([pictures, state() == before]))
 """
-    assert in_a_fresh_interpreter(source) is True
+    return in_a_fresh_interpreter(source)
+
+
+def test_the_analysis_needs_no_pictures(with_transformers):
+    assert with_transformers[0] == []
+
+
+def test_importing_registers_nothing_with_transformers(with_transformers):
+    assert with_transformers[1] is True
 
 
 def test_all_is_the_table_of_homes():

@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+from forks import FORKS
 
 from leattn import KVStore, LeattnError, LeattnWarning
 from leattn.kv.entry import NodeKV
@@ -140,31 +141,29 @@ def test_a_folder_in_the_place_of_an_entry_is_a_miss(tmp_path):
     assert_damaged(tmp_path)
 
 
-WRITER = """
-import sys, torch
-from leattn import KVStore
-from leattn.kv.entry import NodeKV
-store = KVStore(directory=sys.argv[1], max_bytes=1)
-print("ready", flush=True)
-for i in range(1, 10**6):
-    big = torch.full((2, 2000, 16), float(i))
-    store.put(i.to_bytes(32, "big"), NodeKV((big,) * 2, (big,) * 2, i))
-"""
+def write_for_ever(directory, ready):
+    store = KVStore(directory=directory, max_bytes=1)
+    ready.set()
+    for i in range(1, 10**6):
+        big = torch.full((2, 2000, 16), float(i))
+        store.put(i.to_bytes(32, "big"), NodeKV((big,) * 2, (big,) * 2, i))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 @pytest.mark.parametrize("seconds", [0.05, 0.2])
 def test_a_kill_in_the_middle_of_a_write(tmp_path, seconds):
-    with subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as writer:
-        assert writer.stdout.readline() == "ready\n"
-        time.sleep(seconds)
-        # A store that opens meanwhile takes nothing away from a writer that lives.
-        KVStore(directory=tmp_path)
-        assert writer.poll() is None
-        time.sleep(seconds)
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
-    assert writer.returncode == -signal.SIGKILL
+    ready = FORKS.Event()
+    writer = FORKS.Process(target=write_for_ever, args=(tmp_path, ready), daemon=True)
+    writer.start()
+    assert ready.wait(120)
+    time.sleep(seconds)
+    # A store that opens meanwhile takes nothing away from a writer that lives.
+    KVStore(directory=tmp_path)
+    assert writer.is_alive()
+    time.sleep(seconds)
+    writer.kill()
+    writer.join()
+    assert writer.exitcode == -signal.SIGKILL
     # Whatever moment the kill hit, here is one more file that it could have left.
     (tmp_path / f"{key(0).hex()}.host.1.0.unfinished").write_bytes(b"of another machine, perhaps still alive")
     store = KVStore(directory=tmp_path)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
-import subprocess
 import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
+from forks import in_another_process
 from models import make_model
 
 from leattn import BackendError
@@ -126,16 +125,12 @@ def test_the_head_has_no_part_in_keys_and_values():
     assert fingerprint(model) == before
 
 
+def fingerprint_of_another():
+    return fingerprint(make_model("qwen3"))
+
+
 def test_it_is_the_same_in_another_process():
-    code = (
-        "from models import make_model\n"
-        "from leattn.kv.fingerprint import fingerprint\n"
-        "print(fingerprint(make_model('qwen3')).hex())"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=300
-    )
-    assert result.stdout.split()[-1] == fingerprint(make_model("qwen3")).hex()
+    assert in_another_process(fingerprint_of_another) == fingerprint(make_model("qwen3"))
 
 
 def test_all_weights_are_read_once(monkeypatch):

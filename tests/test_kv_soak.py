@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import random
 import signal
@@ -16,6 +15,7 @@ import time
 
 import pytest
 import torch
+from forks import FORKS
 from safetensors.torch import load_file
 
 from leattn import KVStore
@@ -111,13 +111,11 @@ def write_for_ever(directory, seed, ready):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 def test_processes_that_are_killed_while_they_write(tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["leattn.kv.store"])
     draw, names = random.Random(0), {key(i).hex(): i for i in range(NAMES)}
     read = unfinished = 0
     for kill in range(TIMES):
-        ready = context.Event()
-        process = context.Process(target=write_for_ever, args=(tmp_path, kill, ready), daemon=True)
+        ready = FORKS.Event()
+        process = FORKS.Process(target=write_for_ever, args=(tmp_path, kill, ready), daemon=True)
         process.start()
         assert ready.wait(120)
         time.sleep(draw.random() * 0.1)

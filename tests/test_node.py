@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from forks import in_another_process
 from oracles import word_tokenizer
 
 import leattn
@@ -186,22 +185,14 @@ def test_nodes_survive_pickling_with_their_graph():
     assert leaf.start_pos_id == 4
 
 
-MAKE_AND_PICKLE = """
-import pickle, sys
-from leattn import ICLNode
-[ICLNode("earlier") for _ in range({earlier})]
-root = ICLNode("root", id="{name}")
-sys.stdout.buffer.write(pickle.dumps(root))
-"""
+def root_after(earlier, name):
+    for _ in range(earlier):
+        ICLNode("earlier")
+    return ICLNode("root", id=name)
 
 
 def test_children_of_nodes_from_other_processes_come_after_them():
     """A node's creation number means nothing in another process: parents come first there all the same."""
-
-    def root_from_another_process(name, earlier):
-        source = MAKE_AND_PICKLE.format(name=name, earlier=earlier)
-        return pickle.loads(subprocess.run([sys.executable, "-c", source], capture_output=True, check=True).stdout)
-
-    late, again = root_from_another_process("late", 100_000), root_from_another_process("again", 0)
+    late, again = in_another_process(root_after, 100_000, "late"), in_another_process(root_after, 0, "again")
     here = ICLNode("here", [late, again], id="here")
     assert [node.id for node in ICLGraph(here)] == ["again", "late", "here"]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import resource
 
 import pytest
 import torch
+from forks import in_another_process
 from hypothesis import given, settings
 from models import make_model, shared_model
 from strategies import VISIBILITIES, graphs
@@ -14,6 +14,8 @@ from transformers import DynamicCache, StaticCache
 
 import leattn
 from leattn import ICLNode, attend, causal, compile_prompt, parallel
+from leattn.attention.request import Request
+from leattn.attention.sparse import SparseAttention
 
 FOUR = ["llama", "qwen3", "gpt_neox", "gpt2"]
 
@@ -184,26 +186,21 @@ def test_plain_text_is_one_causal_call(monkeypatch):
     assert calls == [(6, True)] * 3
 
 
+def kilobytes_of_attention():
+    """By how much the peak of a process's memory grows in one layer's attention on 32k tokens."""
+    prompt = compile_prompt(ICLNode([1] * 64, parallel([[1] * 512] * 64)))
+    size = len(prompt)
+    query, key, value = (torch.randn(1, heads, size, 16) for heads in (4, 2, 2))
+    with torch.no_grad():
+        attention = SparseAttention(Request(prompt.columns, 1, range(size), size, None, torch.float32, query.device))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        attention(None, query, key, value)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+
+
 def test_memory_grows_with_the_prompt_and_not_with_its_square():
-    """Peak memory of one layer's attention on 32k tokens, measured: far below the 1 GB of one boolean S × S mask."""
-    source = """
-import resource, torch
-from leattn import ICLNode, compile_prompt, parallel
-from leattn.attention.request import Request
-from leattn.attention.sparse import SparseAttention
-prompt = compile_prompt(ICLNode([1] * 64, parallel([[1] * 512] * 64)))
-size = len(prompt)
-query, key, value = (torch.randn(1, heads, size, 16) for heads in (4, 2, 2))
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-with torch.no_grad():
-    attention = SparseAttention(Request(prompt.columns, 1, range(size), size, None, torch.float32, query.device))
-    before = peak()
-    attention(None, query, key, value)
-print(peak() - before)
-"""
-    grown = int(subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True).stdout)
-    assert grown < 100_000  # in kB
+    """Far below the 1 GB of one boolean S × S mask."""
+    assert in_another_process(kilobytes_of_attention) < 100_000
 
 
 def test_what_is_kept_of_a_prompt_is_of_the_run_that_decodes():

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
 import sys
 import threading
 
 import peft
 import pytest
 import torch
+from forks import in_another_process
 from models import make_model
 
 import leattn
@@ -87,6 +86,10 @@ def test_turns_are_found_again():
         assert (found - expected).abs().max() < 1e-4
 
 
+def small():
+    return make_model("llama", num_hidden_layers=1)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -99,9 +102,9 @@ def test_turns_are_found_again():
     ids=["dtype", "weight", "config", "adapter", "without its head"],
 )
 def test_it_does_not_hold_for_anything_else(change, home):
-    leattn.check_model(make_model("llama"))
+    leattn.check_model(small())
     assert len(list(home.rglob("*.json"))) == 1
-    leattn.check_model(change(make_model("llama")))
+    leattn.check_model(change(small()))
     assert len(list(home.rglob("*.json"))) == 2
 
 
@@ -132,8 +135,8 @@ def with_a_class_of_its_own(model):
 
 @pytest.mark.parametrize("changed", [with_a_hook, with_a_forward_of_its_own, with_a_class_of_its_own])
 def test_a_model_that_is_more_than_its_weights_is_tried(changed, home):
-    assert leattn.check_model(make_model("llama")).ok
-    model = make_model("llama")
+    assert leattn.check_model(small()).ok
+    model = small()
     changed(model)
     assert not leattn.check_model(model).ok
     assert len(list(home.rglob("*.json"))) == 1
@@ -147,30 +150,30 @@ def test_what_fails_is_tried_again(monkeypatch, home):
 
     with monkeypatch.context() as patched:
         patched.setattr(torch.nn.functional, "linear", fails)
-        assert "the driver is gone" in leattn.check_model(make_model("llama"))["eager"].reason
+        assert "the driver is gone" in leattn.check_model(small())["eager"].reason
     assert not list(home.rglob("*.json"))
-    assert leattn.check_model(make_model("llama")).ok
+    assert leattn.check_model(small()).ok
 
 
 def test_a_library_that_was_patched_is_tried(monkeypatch, home):
     """As packages of faster kernels do it."""
-    assert leattn.check_model(make_model("llama")).ok
+    assert leattn.check_model(small()).ok
 
     def apply_rotary_pos_emb(q, k, cos, sin, *args):
         by_index = 1 + torch.arange(q.shape[2])[:, None]
         return q * by_index, k * by_index
 
     monkeypatch.setattr("transformers.models.llama.modeling_llama.apply_rotary_pos_emb", apply_rotary_pos_emb)
-    assert "goes by the index" in leattn.check_model(make_model("llama"))["eager"].reason
+    assert "goes by the index" in leattn.check_model(small())["eager"].reason
     assert len(list(home.rglob("*.json"))) == 1
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"eager": '])
 def test_a_damaged_file_is_as_none(text, home):
-    first = leattn.check_model(make_model("llama"))
+    first = leattn.check_model(small())
     (file,) = home.rglob("*.json")
     file.write_text(text)
-    assert leattn.check_model(make_model("llama")).capabilities == first.capabilities
+    assert leattn.check_model(small()).capabilities == first.capabilities
     assert set(json.loads(file.read_text())) >= {"eager", "sdpa", "sparse", "certificate"}
 
 
@@ -178,12 +181,12 @@ def test_a_folder_that_cannot_be_written_is_as_none(tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("LEATTN_CACHE", str(blocked))
-    assert leattn.check_model(make_model("llama")).ok
+    assert leattn.check_model(small()).ok
 
 
 def test_off_keeps_nothing(monkeypatch, home):
     monkeypatch.setenv("LEATTN_CACHE", "off")
-    leattn.check_model(make_model("llama"))
+    leattn.check_model(small())
     assert not list(home.iterdir())
 
 
@@ -205,19 +208,19 @@ def test_many_writers_leave_whole_files(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["one.json"]
 
 
-def test_it_survives_the_process(tmp_path):
+def sparse_works(known):
+    """With ``known`` it may not try."""
+    if known:
+
+        def never(*args):
+            raise AssertionError("tried again")
+
+        sys.modules["leattn.attention.probe"]._found_out = never
+    with torch.compiler.set_stance("force_eager"):
+        return leattn.check_model(small())["sparse"].works
+
+
+def test_it_survives_the_process():
     """Not tried again: the second process may not run the model at all."""
-    code = (
-        "import sys, torch, leattn; sys.path.insert(0, 'tests'); from models import make_model\n"
-        "model = make_model('llama')\n"
-        "if sys.argv[1] == 'second':\n"
-        "    import transformers.models.llama.modeling_llama as library\n"
-        "    from leattn.attention import probe\n"
-        "    def never(*args): raise SystemExit('tried again')\n"
-        "    probe._found_out = never\n"
-        "with torch.compiler.set_stance('force_eager'): print(leattn.check_model(model)['sparse'].works)\n"
-    )
-    for which in ("first", "second"):
-        environment = {**os.environ, "LEATTN_CACHE": str(tmp_path)}
-        done = subprocess.run([sys.executable, "-c", code, which], env=environment, capture_output=True, text=True, check=False)
-        assert done.stdout.strip() == "True", done.stderr
+    assert in_another_process(sparse_works, False) is True
+    assert in_another_process(sparse_works, True) is True

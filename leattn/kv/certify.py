@@ -14,7 +14,6 @@ from leattn.attention.attend import prepare
 from leattn.attention.follow import follow
 from leattn.attention.sample import in_words, probing, raise_if_not_the_models, sample, sample_tokens
 from leattn.attention.verdicts import Failure, verdicts
-from leattn.dag.node import Position
 from leattn.errors import BackendError, LeattnWarning
 from leattn.kv.entry import NodeKV, node_kv
 from leattn.model.cache import full_length_cache
@@ -166,27 +165,27 @@ def _certify_shift(
 
 
 def _errors(turn: Turn | None, part: str, layer: int, cold: dict[str, NodeKV], moved: list[dict[str, NodeKV]]) -> list[float]:
-    """How far this way to turn is off at the worst node, for each offset."""
-    return [
-        max(
-            _moved_difference(turn, getattr(kv, part)[layer], getattr(nodes[name], part)[layer], kv.start, nodes[name].start)
-            for name, kv in cold.items()
+    """How far this way to turn is off at the worst node, for each offset; infinite where it does not even fit."""
+    return [_moved_difference(turn, part, layer, cold, nodes) for nodes in moved]
+
+
+def _moved_difference(turn: Turn | None, part: str, layer: int, cold: dict[str, NodeKV], moved: dict[str, NodeKV]) -> float:
+    pairs = [(kv, moved[name]) for name, kv in cold.items()]
+    stored, expected = ([getattr(kv, part)[layer] for kv in kvs] for kvs in zip(*pairs, strict=True))
+    if turn is not None:
+        old, new = (
+            torch.cat([positions_from(kv.start, torch.arange(kv.keys[layer].shape[1], device=stored[0].device)) for kv in kvs])
+            for kvs in zip(*pairs, strict=True)
         )
-        for nodes in moved
-    ]
-
-
-def _moved_difference(turn: Turn | None, stored: Tensor, expected: Tensor, old: Position, new: Position) -> float:
-    """The error of one way to turn; infinite where it does not even fit."""
-    if turn is None:
-        return _difference(stored, expected)
-    steps = torch.arange(stored.shape[1], device=stored.device)
-    try:
-        turned = turn.apply(stored[None], turn.between(positions_from(old, steps), positions_from(new, steps)))[0]
-    # The functions of some family, called in ways it may not be made for: whatever they raise, this is not the way.
-    except Exception:
-        return math.inf
-    return _difference(turned, expected) if turned.shape == expected.shape else math.inf
+        try:
+            turned = turn.apply(torch.cat(stored, 1)[None], turn.between(old, new))[0]
+        # The functions of some family, called in ways it may not be made for: whatever they raise, this is not the way.
+        except Exception:
+            return math.inf
+        if turned.shape != torch.cat(expected, 1).shape:
+            return math.inf
+        stored = list(torch.split(turned, [tensor.shape[1] for tensor in expected], 1))
+    return max(_difference(*pair) for pair in zip(stored, expected, strict=True))
 
 
 def _run(model: Any, record: Model, prompt: CompiledPrompt) -> tuple[dict[str, NodeKV], Tensor]:
