@@ -71,8 +71,8 @@ def demonstrations(
 def _give_memory_back() -> None:
     """Have glibc map what is larger than a megabyte by itself, so that it is given back.
 
-    By default it keeps freed memory between what is still held: with keys and values in a store, and large tensors that come and
-    go between them, a process of two gigabytes grew to sixteen.
+    By default it keeps freed memory between what is still held: with keys and values in a store, and large tensors that come
+    and go between them, a process of two gigabytes grew to sixteen.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL("libc.so.6").mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
@@ -88,6 +88,10 @@ def _run(name: str, model: str, out: Path, study: Callable[[object, object, Path
     print(found)
     page = folder / f"{name}.md"
     page.write_text(_page(name, found), encoding="utf-8")
+    for metric in [metric for metric in found.metrics if not metric.startswith(("tokens", "seconds"))]:
+        leattn.viz.plot_comparison(found, metric, path=folder / f"{name}_{metric}.png")
+        if any(row.gold is not None for row in found.rows):
+            leattn.viz.plot_places(found, metric, path=folder / f"{name}_{metric}_by_place.png")
     print(f"\n{page}")
 
 

@@ -241,3 +241,47 @@ class TestStudies:
         page = (tmp_path / "tiny" / "demonstrations_sst2_2_1.md").read_text()
         assert "| plain |" in page
         assert str(tmp_path) not in page
+
+
+class TestPictures:
+    @pytest.fixture
+    def found(self):
+        from leattn.comparison.comparison import Comparison, Row
+
+        rows = [
+            Row(method, f"{place}.{i}", metric, value, place)
+            for method, right in (("plain", 3), ("a method with a long name", 1))
+            for place in range(3)
+            for i in range(4)
+            for metric, value in (("right", float(i < right)), ("seconds_warm", 0.1 * right + 0.01 * i))
+        ]
+        return Comparison(tuple(rows), {"model": "m", "versions": {}}, frozenset(["right"]))
+
+    def test_means_and_intervals(self, found):
+        ax = leattn.viz.plot_comparison(found, "right")
+        assert [tick.get_text() for tick in ax.get_yticklabels()] == found.methods
+        bars = [line for line in ax.lines if len(line.get_xdata()) == 2 and line.get_ydata()[0] == line.get_ydata()[1]]
+        for bar, method in zip(bars, found.methods, strict=True):
+            point = found.summary(method, "right")
+            assert list(bar.get_xdata()) == [point.low, point.high]
+        (dashed,) = [line for line in ax.lines if line.get_linestyle() == "--"]
+        assert set(dashed.get_xdata()) == {0.75}
+
+    def test_against_a_cost_and_by_place(self, found, tmp_path):
+        ax = leattn.viz.plot_comparison(found, "right", against="seconds_warm", path=tmp_path / "a.png")
+        assert ax.get_xlabel() == "seconds to the first token, documents known"
+        dots = [line.get_xydata()[0].tolist() for line in ax.lines if line.get_marker() == "o"]
+        expected = [[found.summary(name, metric).mean for metric in ("seconds_warm", "right")] for name in found.methods]
+        assert dots == expected
+        ax = leattn.viz.plot_places(found, "right", path=tmp_path / "b.png")
+        curves = [line for line in ax.lines if len(line.get_xdata()) == 3]
+        assert [list(curve.get_ydata()) for curve in curves] == [[0.75] * 3, [0.25] * 3]
+        assert list(curves[0].get_xdata()) == [1, 2, 3]
+        assert all((tmp_path / name).stat().st_size > 1000 for name in ("a.png", "b.png"))
+
+    def test_what_was_not_measured(self, found):
+        with pytest.raises(LeattnError, match="no method has 'loss'; there are right, seconds_warm"):
+            leattn.viz.plot_comparison(found, "loss")
+        alone = replace(found, rows=tuple(replace(row, gold=None) for row in found.rows))
+        with pytest.raises(LeattnError, match="nothing was measured of 'right' by place"):
+            leattn.viz.plot_places(alone, "right")

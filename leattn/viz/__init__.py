@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 _HOMES = {"plot_mask": "mask", "plot_dag": "dag", "plot_attention": "attention", "fold_attention": "fold"}
 _HOMES |= {"plot_attribution": "attribution", "plot_sweep": "sweep"}
 _HOMES |= {"plot_norms": "norms", "plot_sinks": "sinks", "plot_tokens": "tokens", "plot_scores": "scores"}
+_HOMES |= {"plot_comparison": "comparison", "plot_places": "comparison"}
 _HOMES |= {"save_report": "report", "PLOTS": "report"}
 
 __all__ = [
@@ -20,9 +21,11 @@ __all__ = [
     "fold_attention",
     "plot_attention",
     "plot_attribution",
+    "plot_comparison",
     "plot_dag",
     "plot_mask",
     "plot_norms",
+    "plot_places",
     "plot_scores",
     "plot_sinks",
     "plot_sweep",
@@ -33,6 +36,7 @@ __all__ = [
 if TYPE_CHECKING:
     from leattn.viz.attention import plot_attention
     from leattn.viz.attribution import plot_attribution
+    from leattn.viz.comparison import plot_comparison, plot_places
     from leattn.viz.dag import plot_dag
     from leattn.viz.fold import fold_attention
     from leattn.viz.mask import plot_mask
