@@ -97,7 +97,7 @@ def _run(name: str, model: str, out: Path, study: Callable[[object, object, Path
 
 def _page(name: str, found: Comparison) -> str:
     versions = ", ".join(f"{library} {version}" for library, version in found.settings["versions"].items())
-    command = shlex.join(["python", "-m", "studies", *(each for each in sys.argv[1:] if not Path(each).is_absolute())])
+    command = shlex.join(["python", "-m", "studies", *_of_everybody(sys.argv[1:])])
     count = len({row.example for row in found.rows})
     return "\n".join(
         [
@@ -111,6 +111,16 @@ def _page(name: str, found: Comparison) -> str:
             "",
         ]
     )
+
+
+def _of_everybody(arguments: list[str]) -> list[str]:
+    """The arguments without what is of one machine alone: where the data are, and where results go."""
+    found = list(arguments)
+    for option, instead in (("--out", []), ("--data", ["--data", "DATA"])):
+        if option in found:
+            at = found.index(option)
+            found[at : at + 2] = instead
+    return found
 
 
 if __name__ == "__main__":

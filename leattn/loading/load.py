@@ -68,6 +68,8 @@ def load(name: str | Path, **options: Any) -> tuple[Any, PreTrainedTokenizerBase
     with _place(name) as place:
         model: Any = place.get(AutoModelForCausalLM, options if not place.ours else _as_float32(options))
         tokenizer = place.get(AutoTokenizer, {key: value for key, value in options.items() if key in OF_BOTH})
+    if place.ours and place.source:
+        model.config.name_or_path = place.name  # not where the cache has it
     if place.source:
         print(f"leattn: {place.name!r} is {place.source}, loaded as {model.dtype}", file=sys.stderr)
     return model.eval(), tokenizer
