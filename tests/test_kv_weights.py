@@ -128,7 +128,7 @@ def _packed_parameter(weight):
 
 def keeping(how, seed):
     """A model with fixed weights, but for one projection of the second layer, which is kept in another way."""
-    model, other = (make_model("llama", "sdpa", seed=each, num_hidden_layers=2) for each in (0, seed))
+    model, other = (make_model("llama", "sdpa", seed=each, num_hidden_layers=3) for each in (0, seed))
     weight = other.model.layers[1].mlp.up_proj.weight.detach().clone()
     model.model.layers[1].mlp.up_proj = how(weight)
     return model, weight

@@ -86,7 +86,8 @@ def compare(
 
     Examples
     --------
-    >>>     >>> from leattn.comparison.example import Example
+    >>> import leattn
+    >>> from leattn.comparison.example import Example
     >>> model, tokenizer = leattn.tiny.load()
     >>> facts = ["\\nThe capital of Zarvia is Lumo.", "\\nThe capital of Genia is Pardan."]
     >>> ask = Example("\\nQ: What is the capital of Zarvia?\\nA:", facts, answers=[" Lumo"], gold=0)
