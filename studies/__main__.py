@@ -72,7 +72,7 @@ def _give_memory_back() -> None:
     """Have glibc map what is larger than a megabyte by itself, so that it is given back.
 
     By default it keeps freed memory between what is still held: with keys and values in a store, and large tensors that come
-    and go between them, a process of two gigabytes grew to sixteen.
+    and go between them, the heap of a process grew to sixteen gigabytes.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL("libc.so.6").mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
