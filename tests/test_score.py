@@ -147,7 +147,7 @@ def test_what_totals_are_divided_by():
     model, tokenizer = leattn.tiny.load()
     ask = ICLNode("\nQ: What is the capital of Zarvia?\nA:", [leattn.bos(tokenizer)], "Q")
     texts = [" Lumo", " Pardan.", " the river of Ulder"]
-    scores = score(model, ask, texts, tokenizer, unconditional=ICLNode("\nA:"))
+    scores = score(model, ask, texts, tokenizer, unconditional="\nA:")
     alone = score(model, ICLNode("\nA:"), texts, tokenizer)
     totals, tokens = scores.logprobs, [len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
     assert scores.normalised("total") == totals
@@ -179,6 +179,7 @@ def test_what_is_refused():
     written = GenNode([3], [nodes[-1]], "w", max_new_tokens=1)
     for arguments, words in (
         (([], CHOICES), "the list of prompts is empty"),
+        (("A text", CHOICES), r"make one of the text: ICLNode\('A text'\)"),
         (
             (nodes[-1], []),
             "continuations are one list for all prompts, or a list that is not empty for each of the 1; there are 0",

@@ -38,7 +38,7 @@ def score(
     continuations: Continuation | Sequence[Continuation] | Sequence[Sequence[Continuation]],
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    unconditional: Target | None = None,
+    unconditional: Target | str | None = None,
     positions: Positions = "after_parents",
     visibility: Visibility = "parents",
     backend: str | Backend = "auto",
@@ -99,6 +99,8 @@ def score(
     record = Model.of(model)
     if model.training:
         raise LeattnError("the model is in training mode, where dropout would make every score a draw; call model.eval() first")
+    if isinstance(prompts, str):
+        raise LeattnError(f"prompts are compiled prompts, graphs or nodes; make one of the text: ICLNode({prompts[:20]!r})")
     is_list = isinstance(prompts, Sequence)
     targets: list[Target] = list(prompts) if isinstance(prompts, Sequence) else [prompts]
     if not targets:
@@ -106,7 +108,7 @@ def score(
     reader = reader_of(targets, tokenizer)
     given = _per_prompt(continuations, len(targets))
     if unconditional is not None:
-        targets.append(unconditional)
+        targets.append(ICLNode(unconditional) if isinstance(unconditional, str) else unconditional)
         given.append([one for each in given for one in each])
     compiled = []
     for target in targets:
