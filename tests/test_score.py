@@ -163,15 +163,15 @@ def test_what_totals_are_divided_by():
     assert [line.split()[0] for line in str(scores).splitlines()] == ["prompt", "0", "0", "0"]
     assert "3 of 1 prompts" in repr(scores)
     assert scores._repr_html_().count("<tr>") == 4
-    frame = pytest.importorskip("pandas") and scores.to_pandas()
-    assert frame["tokens"].tolist() == tokens
-    assert frame["text"].tolist() == texts
     for by, words in (
         ("words", "unknown by 'words'; choose one of 'total'"),
         ("unconditional", "there was no unconditional prompt"),
     ):
         with pytest.raises(LeattnError, match=words):
             alone.normalised(by)
+    frame = pytest.importorskip("pandas") and scores.to_pandas()
+    assert frame["tokens"].tolist() == tokens
+    assert frame["text"].tolist() == texts
 
 
 def test_what_is_refused():
