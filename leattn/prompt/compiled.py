@@ -281,14 +281,8 @@ class CompiledPrompt:
         return f"{count} node{'s' * (count != 1)}, {len(self)} tokens, density {self.density:.2f}"
 
     def _rows(self) -> list[tuple[str, ...]]:
-        bounds = np.asarray(self.offsets)
-        single = np.diff(bounds) == 1
-        first, other, last = (
-            self.position_ids[0, at].tolist() for at in (bounds[:-1], bounds[1:] - 2 + single, bounds[1:] - 1)
-        )
-        steps = zip(first, other, last, single.tolist(), strict=True)
-        places = [(start, end + (1 if is_one else end - before)) for start, before, end, is_one in steps]
-        return node_rows([self.graph.names[node] for node in self.graph.nodes], self.offsets, places, self.visible)
+        names = [self.graph.names[node] for node in self.graph.nodes]
+        return node_rows(names, self.offsets, self.position_ids[0].tolist(), self.visible)
 
 
 @dataclass(frozen=True, eq=False)

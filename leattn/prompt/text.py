@@ -14,10 +14,8 @@ MARKS = "▣▤▥▦▧▨▩"
 """Of groups that a node reads in another way, in turn."""
 
 
-def node_rows(
-    names: Sequence[str], offsets: Sequence[int], places: Sequence[tuple[Position, Position]], visible: Visible
-) -> list[tuple[str, ...]]:
-    """Index, name, span, positions and blocks of each node; one cell for the nodes left out.
+def node_rows(names: Sequence[str], offsets: Sequence[int], at: Sequence[Position], visible: Visible) -> list[tuple[str, ...]]:
+    """Index, name, span, positions and blocks of each node; one cell for the nodes left out. ``at`` are all tokens' positions.
 
     ■ is seen, ⬚ is not; each group that is read in another way has a mark of its own, and behind the blocks stands which.
     """
@@ -38,9 +36,14 @@ def node_rows(
         blocks = "".join(marks.get(j, "■") if j in seen else "⬚" for j in range(count)) if small else ""
         for g, (_, reading) in enumerate(visible.readings.get(i, ())):
             blocks += f"  {MARKS[g % len(MARKS)]} {reading}"
-        name, positions = " ".join(names[i].split()) or "·", f"positions {_shown(places[i][0])}:{_shown(places[i][1])}"
+        name, positions = " ".join(names[i].split()) or "·", f"positions {_shown(at[start])}:{_shown(_next(at[start:end]))}"
         rows.append((str(i), name, f"tokens {start}:{end}", positions, blocks))
     return rows
+
+
+def _next(positions: Sequence[Position]) -> Position:
+    """Where one more token would stand, as far from the last as that is from the one before."""
+    return positions[-1] + (positions[-1] - positions[-2] if len(positions) > 1 else 1)
 
 
 def _shown(position: Position) -> str:
