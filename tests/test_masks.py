@@ -14,8 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 import leattn
 from leattn import ICLGraph, ICLNode, compile_prompt
 from leattn.prompt import masks
-from leattn.prompt.columns import Row
-from leattn.prompt.compiled import columns_of
+from leattn.prompt.columns import Row, columns_of
 
 LISTS = [
     (f"{part}{side}_num_blocks", f"{part}{side}_indices")

@@ -20,7 +20,7 @@ from leattn.attention.blocks import BLOCK, Groups, Part, block_mask
 from leattn.attention.flex import FLEX
 from leattn.attention.request import Request
 from leattn.dag.reading import Reading
-from leattn.prompt.compiled import columns_of
+from leattn.prompt.columns import columns_of
 
 CPU = torch.device("cpu")
 

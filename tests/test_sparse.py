@@ -16,7 +16,7 @@ from leattn.attention.group import Group
 from leattn.attention.plan import Mixed, plan
 from leattn.attention.request import Request
 from leattn.attention.sparse import SparseAttention
-from leattn.prompt.compiled import columns_of
+from leattn.prompt.columns import columns_of
 from leattn.prompt.stretch import Stretch
 from leattn.prompt.visible import merge
 

@@ -17,7 +17,7 @@ from leattn import BackendError, ICLNode, attend, causal, compile_prompt, parall
 from leattn.attention import varlen
 from leattn.attention.request import Backend, Request
 from leattn.attention.sparse import SparseAttention
-from leattn.prompt.compiled import columns_of
+from leattn.prompt.columns import columns_of
 from leattn.prompt.stretch import Stretch
 from leattn.prompt.visible import merge
 

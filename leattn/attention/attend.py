@@ -16,8 +16,8 @@ from leattn.attention.roots import warn_of_roots
 from leattn.attention.turning import check_readings, check_real_positions, key_turns
 from leattn.errors import LeattnError, choices
 from leattn.model.record import Model
-from leattn.prompt.columns import Columns
-from leattn.prompt.compiled import CompiledPrompt, columns_of
+from leattn.prompt.columns import Columns, columns_of
+from leattn.prompt.compiled import CompiledPrompt
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from leattn.attention.turning import raise_if_not_real, real_refusal
 from leattn.errors import BackendError
 from leattn.model.facts import Facts
 from leattn.model.record import Model
-from leattn.prompt.compiled import CompiledPrompt, columns_of
+from leattn.prompt.columns import columns_of
+from leattn.prompt.compiled import CompiledPrompt
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from leattn.dag.node import ICLNode
 from leattn.errors import BackendError
 from leattn.model.record import Model, variant
 from leattn.model.registry import OURS
+from leattn.prompt.columns import columns_of
 from leattn.prompt.compile import compile_prompt
-from leattn.prompt.compiled import CompiledPrompt, columns_of
+from leattn.prompt.compiled import CompiledPrompt
 
 
 def route(model: Any, record: Model, backend: Backend) -> tuple[str | None, bool]:

@@ -27,8 +27,9 @@ from leattn.attention.verdicts import verdicts
 from leattn.dag.node import ICLNode
 from leattn.errors import BackendError, LeattnWarning
 from leattn.model.record import Model, variant
+from leattn.prompt.columns import columns_of
 from leattn.prompt.compile import compile_prompt
-from leattn.prompt.compiled import CompiledPrompt, columns_of
+from leattn.prompt.compiled import CompiledPrompt
 from leattn.prompt.visible import Visible
 
 SINK = 0.3

@@ -23,7 +23,7 @@ from leattn.dag.reading import Reading
 from leattn.errors import BackendError
 from leattn.model.record import Model, variant
 from leattn.model.turns import Turn, positions_from, possible_turns
-from leattn.prompt.compiled import columns_of
+from leattn.prompt.columns import columns_of
 
 NATIVE = (
     "its layers do not take their attention from transformers' interface, or calculate with the mask; what they compute scores "

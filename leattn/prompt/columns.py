@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from leattn.dag.reading import Reading
 from leattn.errors import BackendError
 from leattn.prompt.stretch import Stretch, clipped, columns_in, fill, fused
 from leattn.prompt.visible import Readings, Run, Visible, merge
+
+if TYPE_CHECKING:
+    from leattn.prompt.compiled import CompiledPrompt
 
 
 class Row:
@@ -290,3 +293,18 @@ class Columns:
 
 def _is_plain(row: Row) -> bool:
     return row.visible.is_causal and bool((np.diff(row.positions(range(row.length))) == 1).all())
+
+
+def columns_of(prompts: Sequence[CompiledPrompt], device: torch.device) -> Columns:
+    """Prompts as one batch on a device, shorter ones padded on the left.
+
+    What is generated after each is one more node, which sees its last one and what that sees.
+    """
+    width = max(len(prompt) for prompt in prompts)
+    rows = []
+    for prompt in prompts:
+        padding = width - len(prompt)
+        positions = np.pad(prompt.position_ids[0].cpu().numpy(), (padding, 0))
+        offsets = [padding + offset for offset in prompt.offsets] if padding else prompt.offsets
+        rows.append(Row(prompt.visible.continued(), offsets, positions, len(prompt.graph), prompt.input_ids[0]))
+    return Columns(rows, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from leattn.dag.reading import Read, read
 from leattn.dag.tokens import tokenize_all
 from leattn.errors import BackendError, GraphError
 from leattn.prompt import masks
-from leattn.prompt.columns import Columns, Row
+from leattn.prompt.columns import Columns, Row, columns_of
 from leattn.prompt.stretch import fill
 from leattn.prompt.text import aligned, node_rows
 from leattn.prompt.visible import Visible
@@ -307,18 +307,3 @@ class NodeView:
     def text(self) -> str:
         """The tokens decoded."""
         return self.prompt.decode(self.input_ids)
-
-
-def columns_of(prompts: Sequence[CompiledPrompt], device: torch.device) -> Columns:
-    """Prompts as one batch on a device, shorter ones padded on the left.
-
-    What is generated after each is one more node, which sees its last one and what that sees.
-    """
-    width = max(len(prompt) for prompt in prompts)
-    rows = []
-    for prompt in prompts:
-        padding = width - len(prompt)
-        positions = np.pad(prompt.position_ids[0].cpu().numpy(), (padding, 0))
-        offsets = [padding + offset for offset in prompt.offsets] if padding else prompt.offsets
-        rows.append(Row(prompt.visible.continued(), offsets, positions, len(prompt.graph), prompt.input_ids[0]))
-    return Columns(rows, device)
