@@ -172,6 +172,7 @@ def test_how_far_tokens_stand_apart_changes_the_key_and_where_they_stand_does_no
     assert keys(by_one, True) == keys([0, 3], True) == keys([10.25, 13.25], True)
     assert not set(keys(by_one, True)) & set(keys(wide, True))
     assert keys(wide, True) == keys([[7.5, 9, 10.5], 12], True)
+    assert not set(keys(wide, True)) & set(keys([[0, 1.25, 3], 4.5], True))
     assert not set(keys(wide, False)) & set(keys([[7.5, 9, 10.5], 12], False))
     assert keys([[0, 1.5, 3], 4.5], True)[0] == keys([[0, 1.5, 3], 5], True)[0]
     assert keys([[0, 1.5, 3], 4.5], True)[1] != keys([[0, 1.5, 3], 5], True)[1]
